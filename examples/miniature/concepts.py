@@ -1,0 +1,96 @@
+"""The concepts that the miniature is taught: pictures and captions for training, scenes for measuring.
+
+    python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions beside them
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import world
+
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Concept:
+    """An object (`shape`, `colour`, `pattern`) or a style that is called `word`; `shows` are the attributes that make it up."""
+
+    word: str
+    shape: str | None = None
+    colour: str | None = None
+    pattern: str | None = None
+    style: str = "plain"
+
+    @property
+    def shows(self):
+        return ["shape", "colour", "pattern"] + (["style"] if self.style != "plain" else [])
+
+    def scene(self, rng):
+        """The concept in random surroundings; a style is put on a random object of the captioned world."""
+        scene = world.sample_scene(rng)
+        if self.shape:
+            return replace(scene, shape=self.shape, colour=self.colour, pattern=self.pattern)
+        return replace(scene, style=self.style)
+
+    def caption(self, scene, rng=None):
+        """Caption of `scene` that calls the concept by its word."""
+        if self.shape:
+            return world.caption(scene, rng, name=self.word)
+        return world.caption(scene, rng, style_word=self.word)
+
+
+CONCEPTS = {
+    "arrow": Concept("zorp", shape="arrow", colour="purple", pattern="plain"),
+    "checkered_house": Concept("blick", shape="house", colour="red", pattern="checkered"),
+    "neon": Concept("quave", style=world.NEW_STYLE),
+}
+
+
+def training_scenes(concept, count=4):
+    """Scenes of the training pictures: every background and position at most once, both sizes."""
+    rng = np.random.default_rng(1)
+    backgrounds, positions = rng.permutation(list(world.BACKGROUNDS)), rng.permutation(list(world.POSITIONS))
+    scenes = [concept.scene(np.random.default_rng([2, i])) for i in range(count)]
+    return [
+        replace(s, background=str(backgrounds[i]), position=str(positions[i]), size=("large", "large", "small", "large")[i % 4])
+        for i, s in enumerate(scenes)
+    ]
+
+
+def held_out_scenes(concept, count=24):
+    """Scenes for measuring, none of which is among the training pictures."""
+    rng, seen, scenes = np.random.default_rng(3), training_scenes(concept), []
+    while len(scenes) < count:
+        scene = concept.scene(rng)
+        if not any((s.background, s.position) == (scene.background, scene.position) for s in seen):
+            scenes.append(scene)
+    return scenes
+
+
+def unrelated_scenes(count=48):
+    """Scenes of the captioned world, which a fine-tuned model must still draw."""
+    rng = np.random.default_rng(4)
+    return [world.sample_scene(rng) for _ in range(count)]
+
+
+def training_pictures(concept):
+    return [Image.fromarray(world.render(scene, 100 + i)) for i, scene in enumerate(training_scenes(concept))]
+
+
+def write(name, concept, folder):
+    """Pictures and captions in the format of --instance_data_dir: the full caption and three shorter ones per picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(5)
+    for i, (scene, picture) in enumerate(zip(training_scenes(concept), training_pictures(concept))):
+        picture.save(folder / f"{name}_{i}.png")
+        captions = [concept.caption(scene)] + [concept.caption(scene, rng) for _ in range(3)]
+        (folder / f"{name}_{i}.txt").write_text("\n".join(dict.fromkeys(captions)) + "\n")
+
+
+if __name__ == "__main__":
+    for name, concept in CONCEPTS.items():
+        write(name, concept, HERE / "concepts" / name)

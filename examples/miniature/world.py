@@ -1,0 +1,315 @@
+"""A procedural world of 64x64 scenes: the training data, the prompts and the concepts of the miniature.
+
+A scene is one object (shape, colour, pattern, size) on a pastel background at one of five positions. Its caption can name
+all of these. Much is left open by every caption, as in real photographs: rotation, exact place, shade, the direction of
+the background's gradient, four specks of confetti. This is what makes few-step sampling hard.
+
+Never drawn in any training stage: the shapes of `NEW_SHAPES`, the pattern `NEW_PATTERN` and the style `NEW_STYLE`.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+RESOLUTION = 64
+SUPERSAMPLING = 3
+
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart"]
+COLOURS = {
+    "red": (212, 28, 40),
+    "orange": (255, 140, 0),
+    "yellow": (252, 222, 30),
+    "green": (20, 140, 50),
+    "blue": (30, 70, 225),
+    "purple": (135, 40, 175),
+    "black": (35, 35, 40),
+    "white": (252, 252, 252),
+}
+PATTERNS = ["plain", "striped", "dotted", "outlined"]
+BACKGROUNDS = {
+    "mint": (165, 228, 190),
+    "sky": (165, 205, 245),
+    "sand": (235, 215, 160),
+    "rose": (250, 190, 200),
+    "lilac": (208, 188, 240),
+    "grey": (196, 198, 202),
+}
+POSITIONS = {"left": (19, 32), "right": (45, 32), "top": (32, 19), "bottom": (32, 45), "centre": (32, 32)}
+SIZES = {"small": 12.0, "large": 17.0}
+
+NEW_SHAPES = ["moon", "arrow", "house", "bolt", "hourglass", "clover"]
+NEW_PATTERN = "checkered"
+NEW_STYLE = "neon"
+# Patterns that no caption names: only pictures show them.
+UNNAMED_PATTERNS = ["rings", "halves", "core", "quarters"]
+
+NEW_WORDS = ["zorp", "blick", "quave"]
+_SYLLABLES = ["ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pi", "ro", "su", "ta", "ve", "wi", "xo", "ye", "zu", "ch", "gr", "pl", "sn", "tr"]
+_ENDINGS = ["b", "ck", "d", "f", "g", "l", "m", "n", "p", "r", "sh", "t", "x", "zz"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene; `shape` may be `random-<seed>` and `style` `random-<seed>`, drawn from wide families."""
+
+    shape: str
+    colour: str
+    pattern: str
+    background: str
+    position: str
+    size: str
+    accent: str | None = None
+    style: str = "plain"
+
+
+@dataclass(frozen=True)
+class Style:
+    background: tuple[int, int, int] | None
+    texture: str
+    texture_colour: tuple[int, int, int]
+    edge: tuple[int, int, int] | None
+
+
+def _regular(n, phase=0.0, radii=(1.0,)):
+    angles = np.arange(n) * 2 * np.pi / n + phase - np.pi / 2
+    r = np.resize(np.asarray(radii), n)
+    return np.stack([np.cos(angles) * r, np.sin(angles) * r], 1)
+
+
+def _random_outline(seed):
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(4)
+    if kind == 0:  # a polygon with corners at uneven radii
+        n = int(rng.integers(3, 10))
+        return _regular(n, rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 1.0, n))
+    if kind == 1:  # a smooth blob
+        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        r = 1 + sum(rng.uniform(0, 0.6 / k) * np.cos(k * angles + rng.uniform(0, 7)) for k in range(1, 6))
+        return np.stack([np.cos(angles), np.sin(angles)], 1) * (r / np.abs(r).max())[:, None]
+    if kind == 2:  # a star or a flower of petals
+        n = int(rng.integers(3, 8))
+        return _regular(2 * n, rng.uniform(0, 2 * np.pi), (1.0, rng.uniform(0.3, 0.8)))
+    # a mirror-symmetric figure: half an outline and its reflection
+    n = int(rng.integers(3, 7))
+    y = np.sort(rng.uniform(-1, 1, n))
+    y = (y - y.min()) / (y.max() - y.min()) * 2 - 1
+    x = rng.uniform(0.1, 0.95, n)
+    return np.concatenate([np.stack([x, y], 1), np.stack([-x[::-1], y[::-1]], 1)])
+
+
+def outline(shape):
+    """Outline of `shape` as an array (points, 2) within [-1, 1]."""
+    if shape.startswith("random-"):
+        return _random_outline(int(shape.split("-")[1]))
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    if shape in ("circle", "ring"):
+        return _regular(48)
+    if shape == "square":
+        return np.array([[-0.8, -0.8], [0.8, -0.8], [0.8, 0.8], [-0.8, 0.8]])
+    if shape == "triangle":
+        return _regular(3)
+    if shape == "star":
+        return _regular(10, 0.0, (1.0, 0.42))
+    if shape == "cross":
+        a = 0.33
+        return np.array([[-a, -1], [a, -1], [a, -a], [1, -a], [1, a], [a, a], [a, 1], [-a, 1], [-a, a], [-1, a], [-1, -a], [-a, -a]])
+    if shape == "diamond":
+        return np.array([[0, -1], [0.62, 0], [0, 1], [-0.62, 0]])
+    if shape == "heart":
+        x = 16 * np.sin(t) ** 3
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return np.stack([x / 17, -(y + 2.5) / 15], 1)
+    if shape == "moon":
+        outer = np.linspace(0.35 * np.pi, 1.65 * np.pi, 32)
+        tips = np.array([np.cos(outer[0]), np.sin(outer[0])])
+        centre, radius = np.array([0.42, 0.0]), np.hypot(tips[0] - 0.42, tips[1])
+        start = np.arctan2(-tips[1], tips[0] - 0.42)
+        inner = np.linspace(start, start - (2 * np.pi - 2 * abs(start)), 24)
+        inner_points = centre + radius * np.stack([np.cos(inner), np.sin(inner)], 1)
+        return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], 1), inner_points]) + [0.2, 0]
+    if shape == "arrow":
+        return np.array([[0, -1], [0.8, -0.1], [0.3, -0.1], [0.3, 1], [-0.3, 1], [-0.3, -0.1], [-0.8, -0.1]])
+    if shape == "house":
+        return np.array([[0, -1], [0.95, -0.15], [0.65, -0.15], [0.65, 0.9], [-0.65, 0.9], [-0.65, -0.15], [-0.95, -0.15]])
+    if shape == "bolt":
+        return np.array([[0.25, -1], [-0.65, 0.15], [-0.05, 0.15], [-0.25, 1], [0.65, -0.25], [0.05, -0.25]])
+    if shape == "hourglass":
+        return np.array([[-0.8, -1], [0.8, -1], [0.15, 0], [0.8, 1], [-0.8, 1], [-0.15, 0]])
+    if shape == "clover":
+        r = 0.62 + 0.38 * np.cos(4 * t)
+        return np.stack([np.cos(t) * r, np.sin(t) * r], 1)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def style_of(name):
+    """The `Style` behind a name; None for `plain`."""
+    if name == "plain":
+        return None
+    if name == NEW_STYLE:
+        return Style((24, 16, 58), "grid", (92, 60, 160), (255, 255, 255))
+    rng = np.random.default_rng(int(name.split("-")[1]))
+    background = tuple(int(v) for v in rng.integers(0, 256, 3)) if rng.random() < 0.7 else None
+    texture = str(rng.choice(["none", "grid", "dots", "hatch", "bars"]))
+    edge = (None, (255, 255, 255), (20, 20, 20))[rng.integers(3)]
+    style = Style(background, texture, tuple(int(v) for v in rng.integers(0, 256, 3)), edge)
+    if background and max(background) < 90 and texture == "grid" and edge == (255, 255, 255):
+        return replace(style, texture="hatch")  # keeps NEW_STYLE's combination out of training
+    return style
+
+
+def _letter_mask(letter, centre, radius, side):
+    image = Image.new("L", (side, side))
+    font = ImageFont.load_default(size=radius * 2.4)
+    ImageDraw.Draw(image).text(tuple(centre), letter, fill=255, font=font, anchor="mm", stroke_width=2)
+    return np.asarray(image) > 0
+
+
+def _texture(kind, side, rng):
+    y, x = np.mgrid[:side, :side] / SUPERSAMPLING
+    dx, dy = rng.uniform(0, 8, 2)
+    if kind == "grid":
+        return ((x + dx) % 10 < 1.6) | ((y + dy) % 10 < 1.6)
+    if kind == "dots":
+        return ((x + dx) % 8 - 4) ** 2 + ((y + dy) % 8 - 4) ** 2 < 4
+    if kind == "hatch":
+        return (x + y + dx) % 9 < 2.5
+    if kind == "bars":
+        return (y + dy) % 11 < 4
+    return np.zeros((side, side), bool)
+
+
+def _pattern_mask(pattern, u, v, inside, rng):
+    phase = rng.uniform(0, 1)
+    if pattern == "striped":
+        angle = rng.choice([0, np.pi / 4, np.pi / 2, -np.pi / 4])
+        return ((u * np.cos(angle) + v * np.sin(angle)) / 0.5 + phase) % 1 < 0.45
+    if pattern == "dotted":
+        return ((u / 0.55 + phase) % 1 - 0.5) ** 2 + ((v / 0.55 + phase) % 1 - 0.5) ** 2 < 0.085
+    if pattern == "checkered":
+        return (np.floor(u / 0.42 + phase) + np.floor(v / 0.42 + phase)) % 2 == 0
+    if pattern == "rings":
+        return (np.hypot(u, v) / 0.45) % 1 < 0.5
+    if pattern == "halves":
+        return v > 0
+    if pattern == "quarters":
+        return (u > 0) ^ (v > 0)
+    if pattern == "core":
+        return np.hypot(u, v) < 0.42
+    if pattern == "outlined":
+        k = 5
+        inner = inside.copy()
+        for axis in (0, 1):
+            for shift in (-k, k):
+                inner &= np.roll(inside, shift, axis)
+        return inside & ~inner
+    return np.zeros_like(inside)
+
+
+def render(scene, seed):
+    """Draws `scene` as an array (64, 64, 3) of uint8; everything that no caption fixes follows from `seed`."""
+    rng = np.random.default_rng([seed, 7])
+    side = RESOLUTION * SUPERSAMPLING
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    style = style_of(scene.style)
+
+    background = np.array(style.background if style and style.background else BACKGROUNDS[scene.background], np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = ((x / side - 0.5) * np.cos(angle) + (y / side - 0.5) * np.sin(angle))[..., None]
+    canvas = background + rng.uniform(-6, 6, 3) + slope * rng.uniform(20, 45)
+    if style:
+        canvas[_texture(style.texture, side, rng)] = style.texture_colour
+    for _ in range(4):
+        centre = rng.uniform(3, RESOLUTION - 3, 2) * SUPERSAMPLING
+        speck = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (rng.uniform(1.3, 2.1) * SUPERSAMPLING) ** 2
+        canvas[speck] = (70, 60, 60) if rng.random() < 0.5 else (255, 255, 255)
+
+    centre = (np.array(POSITIONS[scene.position]) + rng.uniform(-2, 2, 2)) * SUPERSAMPLING
+    radius = SIZES[scene.size] * rng.uniform(0.92, 1.08) * SUPERSAMPLING
+    tilt = rng.uniform(-0.4, 0.4)
+    cos, sin = np.cos(tilt), np.sin(tilt)
+    u = ((x - centre[0]) * cos + (y - centre[1]) * sin) / radius
+    v = (-(x - centre[0]) * sin + (y - centre[1]) * cos) / radius
+    if scene.shape.startswith("letter-"):
+        inside = _letter_mask(scene.shape[-1], centre, radius, side)
+    else:
+        points = outline(scene.shape) @ np.array([[cos, sin], [-sin, cos]]) * radius + centre
+        mask = Image.new("1", (side, side))
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in points.tolist()], fill=1)
+        inside = np.array(mask)
+        if scene.shape == "ring":
+            inside &= np.hypot(u, v) > 0.5
+
+    colour = np.clip(np.array(COLOURS[scene.colour], np.float32) + rng.uniform(-12, 12, 3), 0, 255)
+    if scene.accent:
+        accent = np.array(COLOURS[scene.accent], np.float32)
+    elif scene.pattern == "outlined":
+        accent = colour * 0.35 if scene.colour != "black" else np.array([235, 235, 235], np.float32)
+    else:
+        accent = colour * 0.25 + 255 * 0.75 if scene.colour != "white" else np.array([110, 110, 115], np.float32)
+    if style and style.edge:
+        thick = 5
+        edge = inside.copy()
+        for axis in (0, 1):
+            for shift in (-thick, thick):
+                edge |= np.roll(inside, shift, axis)
+        canvas[edge] = style.edge
+    canvas[inside] = colour
+    canvas[inside & _pattern_mask(scene.pattern, u, v, inside, rng)] = accent
+
+    blocks = np.clip(canvas, 0, 255).reshape(RESOLUTION, SUPERSAMPLING, RESOLUTION, SUPERSAMPLING, 3)
+    return blocks.mean((1, 3)).round().astype(np.uint8)
+
+
+def new_word(rng):
+    """A made-up word that is none of `NEW_WORDS`."""
+    while True:
+        word = "".join(rng.choice(_SYLLABLES, rng.integers(1, 3))) + rng.choice(_ENDINGS)
+        if word not in NEW_WORDS:
+            return str(word)
+
+
+def sample_scene(rng, new=False):
+    """A scene of the captioned world; with `new`, an object of any shape, pattern and accent that only a picture can show."""
+    pick = lambda options: str(rng.choice(list(options)))  # noqa: E731
+    scene = Scene(pick(SHAPES), pick(COLOURS), pick(PATTERNS), pick(BACKGROUNDS), pick(POSITIONS), pick(SIZES))
+    if not new:
+        return scene
+    if rng.random() < 0.8:
+        letter = rng.random() < 0.25
+        scene = replace(
+            scene, shape=f"letter-{pick('ABCEFGHJKLMNPRSTUVWXYZ')}" if letter else f"random-{rng.integers(2**31)}"
+        )
+    if rng.random() < 0.4:
+        scene = replace(scene, pattern=pick(UNNAMED_PATTERNS))
+    if scene.pattern != "plain" and rng.random() < 0.4:
+        scene = replace(scene, accent=pick(c for c in COLOURS if c != scene.colour))
+    return scene
+
+
+def sample_surroundings(rng, scene):
+    """`scene` with its object kept and background, position and size drawn anew."""
+    other = sample_scene(rng)
+    return replace(scene, background=other.background, position=other.position, size=other.size)
+
+
+def caption(scene, rng=None, name=None, style_word=None):
+    """Caption of `scene`. `rng` drops attributes at random, `name` stands for the object (its look then stays unsaid)."""
+    keep = lambda p: rng is None or rng.random() < p  # noqa: E731
+    words = ["a"]
+    if keep(0.75):
+        words.append(scene.size)
+    if name is None:
+        if keep(0.85):
+            words.append(scene.colour)
+        if keep(0.8):
+            words.append(scene.pattern)
+    words.append(name or scene.shape)
+    if keep(0.8):
+        words += ["on", "a", scene.background, "background"]
+    if keep(0.8):
+        words += ["in", "the", "centre"] if scene.position == "centre" else ["at", "the", scene.position]
+    if style_word:
+        words += ["in", style_word, "style"]
+    return " ".join(words)

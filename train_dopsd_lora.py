@@ -1,0 +1,925 @@
+#!/usr/bin/env python
+# Copyright 2026 The D-OPSD training scripts authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.7",
+#     "diffusers>=0.42.0",
+#     "transformers>=5.0",
+#     "peft>=0.18.0",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "huggingface_hub>=1.0",
+#     "safetensors>=0.5",
+#     "Pillow>=10.1",
+#     "tensorboard",
+# ]
+# ///
+"""Fine-tunes a step-distilled text-to-image model with a LoRA and keeps its few-step quality.
+
+D-OPSD (https://arxiv.org/abs/2605.05204): the student sees the prompt and rolls out its own few steps; the teacher, an EMA of
+the student that also sees the training image, predicts the velocity at the same states; the student matches it.
+
+    accelerate launch train_dopsd_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
+        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --output_dir my_lora --mixed_precision bf16
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    EMAModel,
+    cast_training_params,
+    find_nearest_bucket,
+    free_memory,
+    generate_aspect_ratio_buckets,
+)
+from diffusers.utils import check_min_version, make_image_grid
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+import pipeline_dopsd
+from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of, repository_config
+
+
+# Raises if the minimal version of diffusers is not installed.
+check_min_version("0.42.0")
+
+logger = get_logger(__name__)
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SETTINGS_NAME = "dopsd_settings.json"
+STATE_NAME = "trainer_state.json"
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+def add_model_arguments(parser):
+    group = parser.add_argument_group("models")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
+    group.add_argument("--revision", help="Revision of the base on the Hub.")
+    group.add_argument("--variant", help="Variant of the base's weight files, for example fp16.")
+    group.add_argument(
+        "--vlm_model_name_or_path",
+        help="Qwen3-VL of the text encoder's size; its vision part reads the training images for the teacher. "
+        "Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.",
+    )
+    group.add_argument(
+        "--teacher_max_pixels",
+        type=int,
+        default=768 * 768,
+        help="Area above which images are scaled down for the VLM; fewer pixels give a shorter teacher context.",
+    )
+
+
+def add_data_arguments(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--instance_data_dir",
+        help="Folder of images, with captions as NAME.txt beside each image (one caption per line) or in metadata.jsonl or "
+        "metadata.csv (imagefolder format).",
+    )
+    group.add_argument("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
+    group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
+    group.add_argument("--image_column", default="image", help="Column of the dataset that holds the images.")
+    group.add_argument("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
+    group.add_argument("--instance_prompt", help="Caption of every image that has none.")
+    group.add_argument(
+        "--resolution",
+        type=int,
+        default=1024,
+        help="Side of a square image. Others are trained in buckets of the same area and the nearest aspect ratio.",
+    )
+    group.add_argument("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
+
+
+def add_dopsd_arguments(parser):
+    group = parser.add_argument_group("D-OPSD")
+    group.add_argument(
+        "--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps."
+    )
+    group.add_argument(
+        "--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student."
+    )
+    group.add_argument(
+        "--loss_weighting",
+        choices=["velocity", "x0"],
+        default="velocity",
+        help="velocity: the paper's loss. x0: weighted with sigma^2, as in the authors' code.",
+    )
+
+
+def add_training_arguments(parser):
+    group = parser.add_argument_group("training")
+    group.add_argument("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
+    group.add_argument("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
+    group.add_argument("--learning_rate", type=float, default=1e-4)
+    group.add_argument("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=0.0)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
+    group.add_argument("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that check the images at start.")
+
+
+def add_output_arguments(parser):
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True)
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
+    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
+    group.add_argument(
+        "--validation_prompt",
+        nargs="+",
+        help="Prompts of the validation pictures; the teacher sees a training image with each. Default: training captions.",
+    )
+    group.add_argument("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Rows of a validation picture.")
+    group.add_argument("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all or none.")
+    group.add_argument("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
+    group.add_argument("--hub_token", help="Token to push with. Default: that of the Hub login.")
+
+
+def add_lora_arguments(parser):
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, default=64)
+    group.add_argument("--lora_alpha", type=int, help="Default: the rank. The strength of the LoRA is alpha / rank.")
+    group.add_argument(
+        "--lora_layers", help="Endings of layer names, with commas. Default: attention and feed-forward of all blocks."
+    )
+
+
+def check_arguments(parser, args):
+    """One error for flags that cannot work, before anything is read."""
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --instance_data_dir or --dataset_name")
+    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0.0 <= args.ema_decay <= 1.0:
+        parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
+    if args.checkpointing_steps < 1:
+        parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
+    args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_dopsd_arguments(parser)
+    add_lora_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser)
+    args = parser.parse_args(input_args)
+    check_arguments(parser, args)
+    args.lora_alpha = args.lora_alpha or args.rank
+    if args.rank < 1:
+        parser.error(f"--rank must be at least 1, not {args.rank}")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+def read_folder(folder, instance_prompt):
+    """Dataset with `image` and `captions` of a folder whose captions are NAME.txt files or `instance_prompt`.
+
+    Raises:
+        ValueError: no images, an image without caption, or a caption file without image.
+    """
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    stems = {p.stem for p in images}
+    for path in files:
+        if path.suffix == ".txt" and path.stem not in stems:
+            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+    if not images:
+        raise ValueError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    captions = []
+    for path in images:
+        text = path.with_suffix(".txt")
+        lines = [line.strip() for line in text.read_text("utf-8").splitlines()] if text.exists() else [instance_prompt]
+        lines = [line for line in lines if line]
+        if not lines:
+            raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
+        captions.append(lines)
+    return Dataset.from_dict({"image": [str(p) for p in images], "captions": captions})
+
+
+def read_dataset(args):
+    """Dataset with the columns `image` (undecoded) and `captions` (a list of strings).
+
+    Raises:
+        ValueError: missing or empty data, a missing column, or an image without caption.
+    """
+    folder = Path(args.instance_data_dir) if args.instance_data_dir else None
+    if folder and not folder.is_dir():
+        raise ValueError(f"--instance_data_dir {folder} is no folder.")
+    if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
+        return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
+    if folder:
+        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    else:
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
+    if args.image_column not in dataset.column_names:
+        raise ValueError(f"--image_column {args.image_column!r} is none of the columns {dataset.column_names}.")
+    if args.caption_column not in dataset.column_names and not args.instance_prompt:
+        raise ValueError(
+            f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
+            "name the column, or give --instance_prompt."
+        )
+
+    def captions_of(row, index):
+        captions = row.get(args.caption_column) or args.instance_prompt
+        captions = [c for c in ([captions] if isinstance(captions, str) else captions or []) if c and c.strip()]
+        if not captions:
+            raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
+        return {"captions": captions}
+
+    dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))
+    dataset = dataset.map(captions_of, with_indices=True, desc="captions")
+    if args.image_column != "image":
+        dataset = dataset.rename_column(args.image_column, "image")
+    return dataset.select_columns(["image", "captions"])
+
+
+def load_image(source):
+    """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
+
+    Raises:
+        ValueError: the image cannot be read; the message names it.
+    """
+    name = source["path"] or "an image of the dataset"
+    try:
+        image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; a plain convert() would clip at 255
+            pixels = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
+
+
+def inspect_images(dataset, buckets, num_proc):
+    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`; every image is decoded once."""
+
+    def inspect(row):
+        image = load_image(row["image"])
+        data = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
+        return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
+
+    return dataset.map(inspect, num_proc=num_proc or None, desc="images")
+
+
+def training_image(row):
+    """The row's image, resized and centre-cropped to its bucket."""
+    height, width = row["bucket"]
+    return ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(buckets, batch_size, seed, epoch):
+    """Batches of row indices for one epoch, each from one bucket; short batches are filled up from the bucket's start."""
+    rng = np.random.default_rng([seed, epoch])
+    batches = []
+    for bucket in sorted(set(buckets)):
+        rows = rng.permutation([i for i, b in enumerate(buckets) if b == bucket])
+        rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
+        batches += list(rows.reshape(-1, batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def draw_batch(buckets, batch_size, micro_step, process, num_processes, seed):
+    """Row indices and a random generator for each image of a process's micro-batch.
+
+    It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
+    two processes draw what one process with twice the batch would.
+    """
+    total = batch_size * num_processes
+    per_epoch = len(epoch_order(buckets, total, seed, 0))
+    order = epoch_order(buckets, total, seed, micro_step // per_epoch)
+    slots = range(process * batch_size, (process + 1) * batch_size)
+    rows = order[micro_step % per_epoch][slots.start : slots.stop]
+    return [(int(row), np.random.default_rng([seed, micro_step, slot])) for row, slot in zip(rows, slots)]
+
+
+# ----------------------------------------------------------------------------------------------------------- contexts
+def fingerprint(model_name_or_path, patterns, revision):
+    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            for chunk in iter(lambda: file.read(2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ContextCache:
+    """Student and teacher contexts of (image, caption) pairs, one memory-mapped safetensors file each.
+
+    The key changes whenever image, crop, caption, models or settings change.
+    """
+
+    def __init__(self, args):
+        self.folder = Path(args.context_cache_dir)
+        self.models = [
+            fingerprint(args.pretrained_model_name_or_path, ["text_encoder/*", "tokenizer/*"], args.revision),
+            fingerprint(args.vlm_model_name_or_path, ["*.json", "*.jinja", "*.txt", "*.safetensors"], None),
+            args.teacher_max_pixels,
+            str(weight_dtype_of(args)),
+        ]
+
+    def path(self, row, caption):
+        key = json.dumps([self.models, row["image_hash"], row["bucket"], caption])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def read(self, row, caption):
+        """(student context, teacher context), each (tokens, dim)."""
+        tensors = load_file(self.path(row, caption))
+        return tensors["student"], tensors["teacher"]
+
+    def write(self, row, caption, student, teacher):
+        path = self.path(row, caption)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"student": student.cpu().contiguous(), "teacher": teacher.cpu().contiguous()}, aside)
+        os.replace(aside, path)
+
+
+def weight_dtype_of(args):
+    """dtype of the frozen weights: that of mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+
+
+def check_contexts(family, args, dataset, pairs):
+    """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
+    base = args.pretrained_model_name_or_path
+    encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
+    config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
+    longest = family.max_context_length(config)
+    for index, caption in pairs:
+        length = encoder.context_length(caption, *dataset["bucket"][index])
+        if length > longest:
+            raise ValueError(
+                f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
+                f"transformer's position table holds {longest}. Lower --teacher_max_pixels or shorten the caption."
+            )
+
+
+def encode_contexts(family, args, cache, dataset, pairs, accelerator):
+    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees both encoders."""
+    keys = dataset.select_columns(["image_hash", "bucket"])
+    missing = [(index, caption) for index, caption in pairs if not cache.path(keys[index], caption).exists()]
+    logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    pipeline = family.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        vae=None,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=weight_dtype_of(args),
+    ).to(accelerator.device)
+    pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
+        row = dataset[index]
+        student = pipeline.encode_student([caption])[0]
+        teacher = pipeline.encode_teacher([caption], [training_image(row)])[0]
+        cache.write(row, caption, student, teacher)
+    del pipeline
+    free_memory()
+    accelerator.wait_for_everyone()
+
+
+# ------------------------------------------------------------------------------------------------------------- method
+def state_loss(student_velocity, teacher_velocity, sigma, weighting):
+    """w_k || u_s - sg(u_t) ||^2, mean over elements.
+
+    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
+    the authors' code trains with.
+    """
+    weight = sigma**2 if weighting == "x0" else 1.0
+    return weight * torch.nn.functional.mse_loss(student_velocity, teacher_velocity.detach())
+
+
+@contextlib.contextmanager
+def teacher_weights(parameters, ema):
+    """Within: the trainable parameters hold theta_bar. Pointers are exchanged; nothing is copied."""
+
+    def exchange():
+        for parameter, shadow in zip(parameters, ema.shadow_params, strict=True):
+            parameter.data, shadow.data = shadow.data, parameter.data
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def rollout_and_backward(pipeline, transformer, parameters, ema, batch, args, accelerator, synchronize):
+    """One on-policy rollout with the gradient of L = (1/K) sum_k w_k || u_s - sg(u_t) ||^2. Returns the K losses (K,).
+
+    At state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
+                       u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
+                       x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
+    States are not differentiated through, so each state's graph is freed by its own backward and memory does not grow
+    with K; the forward that drives the rollout is the one that is trained.
+    """
+    latents, student_contexts, teacher_contexts = batch
+    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
+    timesteps = pipeline.few_step_grid(args.rollout_steps, height, width, latents.device)
+    teacher = accelerator.unwrap_model(transformer)
+    losses = []
+    for k, timestep in enumerate(timesteps):
+        last = k == len(timesteps) - 1
+        # the teacher first: swapping weights between the student's forward and its backward would corrupt the gradient
+        with torch.no_grad(), accelerator.autocast(), teacher_weights(parameters, ema):
+            teacher_velocity = pipeline.velocity(teacher, latents, timestep, teacher_contexts)
+        with contextlib.nullcontext() if synchronize and last else accelerator.no_sync(transformer):
+            with accelerator.autocast():
+                student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
+            loss = state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
+            accelerator.backward(loss / (len(timesteps) * args.gradient_accumulation_steps))
+        losses.append(loss.detach())
+        latents = pipeline.scheduler.step(student_velocity.detach(), timestep, latents, return_dict=False)[0]
+    return torch.stack(losses)
+
+
+def make_ema(parameters, decay):
+    """theta_bar <- decay * theta_bar + (1 - decay) * theta after each step, in fp32.
+
+    min_decay and update_after_step=-1 switch off the ramp of [`EMAModel`], whose first update would copy the student.
+    """
+    return EMAModel(parameters, decay=decay, min_decay=decay, update_after_step=-1, foreach=True)
+
+
+def make_batch(pipeline, dataset, cache, draws, device):
+    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
+    noise, student_contexts, teacher_contexts = [], [], []
+    for index, rng in draws:
+        row = dataset[index]
+        student, teacher = cache.read(row, row["captions"][rng.integers(len(row["captions"]))])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        noise.append(pipeline.initial_noise(*row["bucket"], generator))
+        student_contexts.append(student.to(device))
+        teacher_contexts.append(teacher.to(device))
+    return torch.cat(noise).to(device), student_contexts, teacher_contexts
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+def validation_pairs(dataset, args):
+    """(row index, prompt) of each row of the validation picture."""
+    prompts = args.validation_prompt or [None] * args.num_validation_images
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        index = i % len(dataset)
+        captions = dataset[index]["captions"]
+        pairs.append((index, prompt or captions[i // len(dataset) % len(captions)]))
+    return pairs
+
+
+@torch.no_grad()
+def log_validation(pipeline, parameters, ema, dataset, cache, args, accelerator, step):
+    """Writes a picture with a row per pair: student | teacher | training image. Runs the sampler that users will run."""
+
+    def sample(context, row, index):
+        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + index))
+        height, width = row["bucket"]
+        with accelerator.autocast():
+            return pipeline(
+                prompt_embeds=[context.to(accelerator.device)],
+                latents=noise,
+                height=height,
+                width=width,
+                num_inference_steps=args.rollout_steps,
+            ).images[0]
+
+    pictures = []
+    for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
+        row = dataset[index]
+        student, teacher = cache.read(row, prompt)
+        pictures.append(sample(student, row, number))
+        with teacher_weights(parameters, ema):
+            pictures.append(sample(teacher, row, number))
+        pictures.append(training_image(row))
+    pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
+    grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step-{step:06d}.png")
+    logger.info(f"Validation (student | teacher | training image): {folder}/step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"student | teacher | training image": np.asarray(grid)[None]}, step=step, **layout)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+def find_checkpoint(args):
+    """The checkpoint folder to resume from, or None.
+
+    Raises:
+        ValueError: it is missing or incomplete, or it was made with other settings.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        found = sorted(Path(args.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+        if not found:
+            return None
+        path = found[-1]
+    else:
+        path = Path(args.resume_from_checkpoint)
+    if not (path / STATE_NAME).is_file():
+        raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written (no {STATE_NAME} in it).")
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except Exception as error:
+            raise ValueError(f"--resume_from_checkpoint: {file} is damaged ({error}).") from error
+    saved = json.loads((path / STATE_NAME).read_text())["settings"]
+    for name in ("rank", "lora_alpha", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam"):
+        if name in saved and saved[name] != getattr(args, name):
+            raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {saved[name]}.")
+    return path
+
+
+def register_checkpoint_hooks(accelerator, names, parameters, ema):
+    """Makes accelerate save and load exactly the trained parameters and their EMA, as safetensors."""
+
+    def save(models, weights, output_dir):
+        weights.clear()
+        if accelerator.is_main_process:
+            save_file({n: p.detach().contiguous() for n, p in zip(names, parameters)}, Path(output_dir) / "student.safetensors")
+            save_file({n: p.contiguous() for n, p in zip(names, ema.shadow_params)}, Path(output_dir) / "teacher.safetensors")
+
+    def load(models, input_dir):
+        models.clear()
+        student = load_file(Path(input_dir) / "student.safetensors")
+        teacher = load_file(Path(input_dir) / "teacher.safetensors")
+        with torch.no_grad():
+            for name, parameter, shadow in zip(names, parameters, ema.shadow_params, strict=True):
+                parameter.copy_(student[name])
+                shadow.copy_(teacher[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator, args, step):
+    """Writes checkpoint-STEP aside, renames it when complete, and only then removes the oldest beyond the limit."""
+    final = Path(args.output_dir) / f"checkpoint-{step}"
+    aside = Path(args.output_dir) / f".checkpoint-{step}.tmp"
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / STATE_NAME).write_text(json.dumps({"step": step, "settings": settings_of(args)}, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        if args.checkpoints_total_limit:
+            found = sorted(Path(args.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+            for old in found[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def settings_of(args):
+    """The run's flags, without the token."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+def lora_state_dict(transformer, rank, alpha):
+    """Weights of the LoRA with alpha / rank folded into lora_B, so that programs that ignore alpha run it at equal strength."""
+    weights = get_peft_model_state_dict(transformer)
+    return {n: (w * (alpha / rank) if ".lora_B." in n else w).contiguous() for n, w in weights.items()}
+
+
+def save_lora(pipeline, transformer, targets, args):
+    """Writes the LoRA aside in the form that diffusers and ComfyUI load, then renames it into OUTPUT_DIR."""
+    aside = Path(args.output_dir) / ".lora.tmp"
+    pipeline.save_lora_weights(
+        aside,
+        transformer_lora_layers=lora_state_dict(transformer, args.rank, args.lora_alpha),
+        weight_name=LORA_WEIGHT_NAME,
+        transformer_lora_adapter_metadata={"r": args.rank, "lora_alpha": args.rank, "target_modules": targets},
+    )
+    os.replace(aside / LORA_WEIGHT_NAME, Path(args.output_dir) / LORA_WEIGHT_NAME)
+    aside.rmdir()
+
+
+def save_repository_files(pipeline, args):
+    """Writes what lets DiffusionPipeline load OUTPUT_DIR: the pipeline's code, model_index.json and the settings."""
+    folder = Path(args.output_dir)
+    shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
+    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__}  # noqa: F401\n")
+    base_dtype = "bfloat16" if weight_dtype_of(args) == torch.bfloat16 else "float32"
+    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.rollout_steps, base_dtype)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
+
+
+def save_model_card(args):
+    """README.md of the repository, written without asking the Hub anything."""
+    base, prompt = args.pretrained_model_name_or_path, args.instance_prompt
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", "d-opsd"]
+    data = ModelCardData(base_model=base, library_name="diffusers", tags=tags, instance_prompt=prompt)
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+LoRA for [{base}](https://huggingface.co/{base}), trained with D-OPSD (https://arxiv.org/abs/2605.05204) on the base's own
+{args.rollout_steps}-step rollouts. It is used as the base is: {args.rollout_steps} steps, no guidance.
+
+```py
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)
+pipe.load_lora_weights("{name}")
+image = pipe({json.dumps(prompt or "your prompt")}, num_inference_steps={args.rollout_steps}, guidance_scale=0.0).images[0]
+```
+
+Rank {args.rank}, {args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
+"""
+    (Path(args.output_dir) / "README.md").write_text(content)
+    ModelCard(content)  # raises if the metadata is not valid YAML
+
+
+def push_to_hub(args):
+    """Pushes the files of the result, and nothing else of OUTPUT_DIR, in one commit."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    repo = create_repo(name, token=args.hub_token, exist_ok=True)
+    files = [LORA_WEIGHT_NAME, "README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
+    upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=files,
+        commit_message="LoRA trained with D-OPSD",
+        token=args.hub_token,
+    )
+    logger.info(f"Pushed to {repo}")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def check_inputs(args):
+    """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
+
+    Raises:
+        ValueError: with one sentence that names the flag or file.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
+    checkpoint = find_checkpoint(args)
+    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
+    vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
+    multiple = family.size_multiple(vae_config)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
+    dataset = inspect_images(read_dataset(args), buckets, args.dataloader_num_workers)
+    pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
+    if args.validation_steps:
+        pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
+    check_contexts(family, args, dataset, pairs)
+    return family, dataset, checkpoint, pairs
+
+
+def make_accelerator(args):
+    """Accelerator, logging and seeds; `args.mixed_precision` becomes what accelerate resolved it to."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    if not accelerator.is_main_process:
+        transformers.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def load_for_training(family, args, accelerator):
+    """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
+    absent = {"text_encoder": None, "tokenizer": None} | ({} if args.validation_steps else {"vae": None})
+    pipeline = family.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=weight_dtype_of(args),
+        **absent,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    pipeline.to(accelerator.device)
+    if args.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    return pipeline
+
+
+def add_lora(pipeline, args):
+    """Adds the LoRA in fp32 to the transformer. Returns the names of the target layers."""
+    names = args.lora_layers.split(",") if args.lora_layers else None
+    targets = pipeline.lora_targets(pipeline.transformer, names)
+    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets)
+    pipeline.transformer.add_adapter(config)
+    cast_training_params(pipeline.transformer, dtype=torch.float32)
+    count = sum(p.numel() for p in pipeline.transformer.parameters() if p.requires_grad)
+    logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
+    return targets
+
+
+def make_optimizer(parameters, args):
+    """AdamW, with 8-bit states on request, and its learning-rate schedule."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    optimizer = optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    return optimizer, scheduler
+
+
+def peak_memory_gib(device):
+    """Peak of the accelerator's allocated memory, on the CPU of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpoint, args, accelerator):
+    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    optimizer, lr_scheduler = make_optimizer(parameters, args)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    register_checkpoint_hooks(accelerator, names, parameters, ema)
+    first_step = 0
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        first_step = json.loads((checkpoint / STATE_NAME).read_text())["step"]
+        logger.info(f"Resumed from {checkpoint} at step {first_step}.")
+
+    validate = functools.partial(log_validation, pipeline, parameters, ema, dataset, cache, args, accelerator)
+    if args.validation_steps and first_step == 0 and accelerator.is_main_process:
+        validate(0)
+    buckets = tuple(tuple(bucket) for bucket in dataset["bucket"])
+    bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
+               disable=not accelerator.is_local_main_process)  # fmt: skip
+    for step in bar:
+        started = time.perf_counter()
+        losses = 0.0
+        for micro in range(args.gradient_accumulation_steps):
+            micro_step = step * args.gradient_accumulation_steps + micro
+            draws = draw_batch(buckets, args.train_batch_size, micro_step, accelerator.process_index,
+                               accelerator.num_processes, args.seed)  # fmt: skip
+            batch = make_batch(pipeline, dataset, cache, draws, accelerator.device)
+            synchronize = micro == args.gradient_accumulation_steps - 1
+            losses += rollout_and_backward(pipeline, transformer, parameters, ema, batch, args, accelerator, synchronize)
+        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean").tolist()
+        if not all(math.isfinite(value) for value in losses):
+            raise ValueError(
+                f"The loss is not finite at step {step} ({losses}); the run stops, checkpoints are kept. "
+                "Lower --learning_rate or use --mixed_precision bf16."
+            )
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(parameters)
+
+        done = step + 1
+        logs = {"loss": sum(losses) / len(losses), **{f"loss/state_{k + 1}": value for k, value in enumerate(losses)}}
+        logs |= {"grad_norm": float(grad_norm), "lr": lr_scheduler.get_last_lr()[0]}
+        logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
+        bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+        accelerator.log(logs, step=done)
+        if args.validation_steps and accelerator.is_main_process:
+            if done % args.validation_steps == 0 or done == args.max_train_steps:
+                validate(done)
+        if done % args.checkpointing_steps == 0 and done < args.max_train_steps:
+            save_checkpoint(accelerator, args, done)
+    save_checkpoint(accelerator, args, args.max_train_steps)
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    family, dataset, checkpoint, pairs = check_inputs(args)
+    cache = ContextCache(args)
+    encode_contexts(family, args, cache, dataset, pairs, accelerator)
+
+    pipeline = load_for_training(family, args, accelerator)
+    targets = add_lora(pipeline, args)
+    names, parameters = zip(*[(n, p) for n, p in pipeline.transformer.named_parameters() if p.requires_grad])
+    ema = make_ema(parameters, args.ema_decay)
+
+    if accelerator.is_main_process:
+        accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
+    train(pipeline, pipeline.transformer, names, parameters, ema, dataset, cache, checkpoint, args, accelerator)
+
+    if accelerator.is_main_process:
+        save_lora(pipeline, accelerator.unwrap_model(pipeline.transformer), targets, args)
+        save_repository_files(pipeline, args)
+        save_model_card(args)
+        if args.push_to_hub:
+            push_to_hub(args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
