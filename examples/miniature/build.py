@@ -244,15 +244,17 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------- vlm
 def vlm_config(tokenizer):
     token = tokenizer.convert_tokens_to_ids
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, pad_token_id=token("<|endoftext|>"),
-        rope_parameters={**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
-    )  # fmt: skip
-    vision = dict(
-        depth=3, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=8, spatial_merge_size=2,
-        temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=64, deepstack_visual_indexes=[1],
-    )  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048,
+        "pad_token_id": token("<|endoftext|>"),
+        "rope_parameters": {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "patch_size": 8,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 128, "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [1],
+    }  # fmt: skip
     return Qwen3VLConfig(
         text_config=text, vision_config=vision, image_token_id=token("<|image_pad|>"), tie_word_embeddings=True,
         video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),

@@ -1,0 +1,126 @@
+"""D-OPSD, SFT and DreamBooth on every concept of the miniature, each at the same three learning rates; and the control.
+
+    python examples/miniature/compare.py --work_dir build/compare
+
+All methods train the same LoRA layers at the same rank with the same optimiser, batch, pictures and captions, and get the
+same number of transformer passes (a forward or a backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher
+forward, student forward and backward at each state), an SFT step 2, a DreamBooth step 4. Each method's learning rate is
+picked by the same rule, the highest sum of concept accuracy and unrelated accuracy. The control is D-OPSD whose teacher is
+shown pictures of ANOTHER concept. Finished runs are kept in --work_dir and not run again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from concepts import CONCEPTS, training_pictures
+from evaluate import HERE, concept_accuracy, load_pipeline, spread, unrelated_accuracy
+from PIL import Image
+
+import world
+from judge import Judge
+
+
+RATES = (1e-4, 3e-4, 1e-3)
+PASSES = {"dopsd": 12, "control": 12, "sft": 2, "dreambooth": 4}
+NAMES = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth", "control": "D-OPSD, teacher shown wrong pictures"}
+
+
+def wrong_folder(name, folder):
+    """The concept's captions beside pictures of the next concept."""
+    names = list(CONCEPTS)
+    pictures = training_pictures(CONCEPTS[names[(names.index(name) + 1) % len(names)]])
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{name}_{i}.png")
+        (folder / f"{name}_{i}.txt").write_text((HERE / "concepts" / name / f"{name}_{i}.txt").read_text())
+    return folder
+
+
+def run(job):
+    """Trains one LoRA and measures it; returns and stores the figures."""
+    method, name, rate, args = job
+    folder = args.work_dir / f"{name}-{method}-{rate:g}"
+    record = folder / "figures.json"
+    if not record.exists():
+        torch.set_num_threads(args.threads)
+        sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+        import train_sft_lora
+
+        import train_dopsd_lora
+
+        data = HERE / "concepts" / name
+        if method == "control":
+            data = wrong_folder(name, args.work_dir / f"{name}-wrong")
+        flags = ["--pretrained_model_name_or_path", HERE / "model", "--vlm_model_name_or_path", HERE / "vlm"]
+        flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
+        flags += ["--rank", 16, "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
+        flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
+        flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
+        if method in ("dopsd", "control"):
+            flags += ["--ema_decay", args.ema_decay]
+        if method == "dreambooth":
+            flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
+        module = train_dopsd_lora if method in ("dopsd", "control") else train_sft_lora
+        module.main(module.parse_args([str(flag) for flag in flags]))
+
+        judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder)
+        results, images = concept_accuracy(pipeline, judge, CONCEPTS[name], range(args.seeds))
+        shares, distance = unrelated_accuracy(pipeline, judge, range(args.seeds))
+        Image.fromarray(np.concatenate(images[0][:12], 1)).save(folder / "concept.png")
+        figures = {"concept": [share for share, _ in results], "unrelated": shares, "frechet": distance}
+        record.write_text(json.dumps(figures))
+    return job[:3], json.loads(record.read_text())
+
+
+def best_rate(results, method, name):
+    """The rate with the highest sum of concept and unrelated accuracy."""
+    return max(RATES, key=lambda r: sum(np.mean(results[method, name, r][k]) for k in ("concept", "unrelated")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=Path("build/compare"))
+    parser.add_argument("--steps", type=int, default=100, help="D-OPSD steps; the others get the same transformer passes")
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="per run; as many runs at once as fit the cores")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+
+    results = {}
+    jobs = [(method, name, rate, args) for method in ("dopsd", "sft", "dreambooth") for name in CONCEPTS for rate in RATES]
+    processes = max(1, multiprocessing.cpu_count() // args.threads)
+    # a fresh process for each run: accelerate keeps global state
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
+            results[key] = figures
+            print(key, {k: round(float(np.mean(v)), 3) for k, v in figures.items()}, flush=True)
+        controls = [("control", name, best_rate(results, "dopsd", name), args) for name in CONCEPTS]
+        for key, figures in pool.imap_unordered(run, controls, chunksize=1):
+            results[key] = figures
+
+    print("\n| concept | method | learning rate | concept right | unrelated prompts right | Frechet distance |")
+    print("|---|---|---|---|---|---|")
+    for name in CONCEPTS:
+        for method in ("dopsd", "sft", "dreambooth", "control"):
+            rate = best_rate(results, "dopsd" if method == "control" else method, name)
+            f = results[method, name, rate]
+            row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["unrelated"]), f"{f['frechet']:.3f}"]
+            print(f"| {' | '.join(row)} |")
+    print("\nAll learning rates: concept right / unrelated prompts right, per cent")
+    print("| concept | method | " + " | ".join(f"{r:g}" for r in RATES) + " |\n|---|---|---|---|---|")
+    for name in CONCEPTS:
+        for method in ("dopsd", "sft", "dreambooth"):
+            cells = [results[method, name, r] for r in RATES]
+            cells = [f"{100 * np.mean(c['concept']):.0f} / {100 * np.mean(c['unrelated']):.0f}" for c in cells]
+            print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

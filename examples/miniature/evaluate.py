@@ -1,0 +1,156 @@
+"""Measures miniature models with the judge, at four steps.
+
+    python examples/miniature/evaluate.py teacher                       # teacher and student before any training
+    python examples/miniature/evaluate.py gap --base build/miniature/base/pipeline    # base against step-distilled model
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
+
+import world
+from judge import Judge, accuracy, frechet
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from pipeline_dopsd import DOPSDZImagePipeline  # noqa: E402
+
+
+STEPS = 4
+UNRELATED = ["shape", "colour", "pattern", "background", "position"]
+
+
+def load_pipeline(lora=None, folder=HERE / "model"):
+    """The miniature in fp32, with the LoRA of a training folder if one is given."""
+    pipeline = DOPSDZImagePipeline.from_pretrained(folder, dtype=torch.float32, num_inference_steps=STEPS)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(str(lora))
+    return pipeline
+
+
+@torch.no_grad()
+def sample(pipeline, contexts, seed, steps=STEPS, negative=None, guidance=0.0):
+    """One picture (64, 64, 3) of uint8 per context; the noise of picture i depends on (seed, i) alone."""
+    size, images = world.RESOLUTION, []
+    for start in range(0, len(contexts), 64):
+        chunk = contexts[start : start + 64]
+        generators = [torch.Generator().manual_seed(10_000 * seed + start + i) for i in range(len(chunk))]
+        noise = torch.cat([pipeline.initial_noise(size, size, g) for g in generators])
+        extra = {"negative_prompt_embeds": negative * len(chunk)} if guidance else {}
+        images.append(
+            pipeline(
+                prompt_embeds=list(chunk), latents=noise, height=size, width=size, num_inference_steps=steps,
+                guidance_scale=guidance, output_type="np", **extra,
+            ).images
+        )  # fmt: skip
+    return list((np.concatenate(images) * 255).round().astype(np.uint8))
+
+
+def captions(scenes, concept=None):
+    return [concept.caption(s) if concept else world.caption(s) for s in scenes]
+
+
+def spread(values):
+    """mean and standard deviation over seeds, in per cent."""
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}"
+
+
+def concept_accuracy(pipeline, judge, concept, seeds, contexts=None):
+    """Per seed, the share of held-out scenes in which all that makes up the concept is right; and the pictures."""
+    scenes = held_out_scenes(concept)
+    contexts = contexts or pipeline.encode_student(captions(scenes, concept))
+    images = [sample(pipeline, contexts, seed) for seed in seeds]
+    return [accuracy(judge, pictures, scenes, concept.shows) for pictures in images], images
+
+
+def unrelated_accuracy(pipeline, judge, seeds):
+    """Per seed, the share of unrelated scenes drawn right in shape, colour, pattern, background and position; and the
+    Frechet distance of all pictures to fresh drawings of the same scenes."""
+    scenes = unrelated_scenes()
+    contexts = pipeline.encode_student(captions(scenes))
+    images = [sample(pipeline, contexts, seed) for seed in seeds]
+    real = [world.render(s, 50_000 + 100 * seed + i) for seed in seeds for i, s in enumerate(scenes)]
+    shares = [accuracy(judge, pictures, scenes, UNRELATED)[0] for pictures in images]
+    return shares, frechet(judge, [p for pictures in images for p in pictures], real)
+
+
+def teacher_contexts(pipeline, concept, pictures=None):
+    """Contexts of the held-out prompts with training picture i mod 4; `pictures` replaces them (for the control)."""
+    pictures = pictures or training_pictures(concept)
+    prompts = captions(held_out_scenes(concept), concept)
+    return pipeline.encode_teacher(prompts, [pictures[i % len(pictures)] for i in range(len(prompts))])
+
+
+def report_teacher(args):
+    judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline()
+    pipeline.load_multimodal_encoder(str(HERE / "vlm"))
+    candidates = dict(CONCEPTS)
+    if args.all:
+        for shape in world.NEW_SHAPES:
+            for pattern in ("plain", "striped", "dotted", world.NEW_PATTERN):
+                for colour in ("purple", "red"):
+                    base = CONCEPTS["arrow"]
+                    candidates[f"{colour} {pattern} {shape}"] = replace(base, shape=shape, colour=colour, pattern=pattern)
+    print("| concept | student | teacher | teacher: each attribute |\n|---|---|---|---|")
+    for name, concept in candidates.items():
+        student, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds))
+        teacher, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds), teacher_contexts(pipeline, concept))
+        each = {a: np.mean([shares[a] for _, shares in teacher]) for a in concept.shows}
+        each = ", ".join(f"{a} {100 * v:.0f}" for a, v in each.items())
+        print(f"| {name} | {spread([s for s, _ in student])} | {spread([s for s, _ in teacher])} | {each} |", flush=True)
+    shares, distance = unrelated_accuracy(pipeline, judge, range(args.seeds))
+    print(f"\nunrelated prompts: {spread(shares)} right, Frechet distance {distance:.3f}")
+
+
+def report_gap(args):
+    """The base at 50 steps with guidance, the base at 4 steps with and without, the step-distilled model at 4 steps."""
+    judge = Judge.from_pretrained(HERE / "judge")
+    distilled, base = load_pipeline(), load_pipeline(folder=args.base)
+    scenes = unrelated_scenes(48)
+    contexts, negative = base.encode_student(captions(scenes)), base.encode_student([""])
+    real = [world.render(s, 70_000 + 100 * seed + i) for seed in range(args.seeds) for i, s in enumerate(scenes)]
+    runs = {
+        "base, 50 steps, guidance 1.5": (base, 50, 1.5),
+        "base, 4 steps, guidance 1.5": (base, 4, 1.5),
+        "base, 4 steps, no guidance": (base, 4, 0.0),
+        "step-distilled, 4 steps, no guidance": (distilled, 4, 0.0),
+    }
+    print("| model | all attributes right | Frechet distance to the base at 50 steps | to real pictures |\n|---|---|---|---|")
+    reference, rows = None, []
+    for name, (pipeline, steps, guidance) in runs.items():
+        images = [sample(pipeline, contexts, seed, steps, negative, guidance) for seed in range(args.seeds)]
+        shares = [accuracy(judge, pictures, scenes, UNRELATED)[0] for pictures in images]
+        flat = [p for pictures in images for p in pictures]
+        if reference is None:
+            other = [p for seed in range(args.seeds, 2 * args.seeds) for p in sample(base, contexts, seed, 50, negative, 1.5)]
+            reference = flat
+        distance = frechet(judge, flat, other)
+        print(f"| {name} | {spread(shares)} | {distance:.3f} | {frechet(judge, flat, real):.3f} |", flush=True)
+        rows.append(np.concatenate(images[0][:12], 1))
+    from PIL import Image
+
+    picture = Image.fromarray(np.concatenate(rows, 0))
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(args.picture)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["teacher", "gap"])
+    parser.add_argument("--base", help="gap: folder of the undistilled base pipeline")
+    parser.add_argument("--picture", default="gap.png", help="gap: where the picture is written")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--all", action="store_true", help="teacher: also every other new shape, in patterns and colours")
+    args = parser.parse_args()
+    {"teacher": report_teacher, "gap": report_gap}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

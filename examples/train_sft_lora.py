@@ -1,0 +1,108 @@
+"""Ordinary fine-tuning of a step-distilled model with a LoRA, for comparison: what D-OPSD is measured against.
+
+    python examples/train_sft_lora.py --pretrained_model_name_or_path ... --instance_data_dir ... --output_dir ...
+
+Flow matching on the training images (SFT); with --class_prompt also on images that the model itself drew of that prompt
+(DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of train_dopsd_lora.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import generate_aspect_ratio_buckets
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_dopsd_lora as dopsd  # noqa: E402
+
+from pipeline_dopsd import family_of  # noqa: E402
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    dopsd.add_model_arguments(parser)
+    dopsd.add_data_arguments(parser)
+    dopsd.add_dopsd_arguments(parser)
+    dopsd.add_lora_arguments(parser)
+    dopsd.add_training_arguments(parser)
+    dopsd.add_output_arguments(parser)
+    parser.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
+    parser.add_argument("--num_class_images", type=int, default=100)
+    parser.add_argument("--prior_loss_weight", type=float, default=1.0)
+    args = parser.parse_args(input_args)
+    dopsd.check_arguments(parser, args)
+    args.lora_alpha = args.lora_alpha or args.rank
+    return args
+
+
+def flow_matching_loss(pipeline, latents, contexts, rng):
+    """|| v_theta(x_s, s, c) - (noise - x0) ||^2 at times drawn over the scheduler's whole training schedule."""
+    u = torch.rand(len(latents), generator=rng)
+    shift = pipeline.scheduler.config.shift
+    sigmas = (shift * u / (1 + (shift - 1) * u)).to(latents.device)
+    noise = torch.randn(latents.shape, generator=rng).to(latents.device)
+    s = sigmas.view(-1, 1, 1, 1)
+    states = (1 - s) * latents + s * noise
+    velocity = pipeline.velocity(pipeline.transformer, states, 1000 * sigmas, contexts)
+    return torch.nn.functional.mse_loss(velocity, noise - latents)
+
+
+@torch.no_grad()
+def encode(pipeline, images, captions):
+    """Latents (N, C, h, w) of PIL `images` and, for each, the text contexts of its captions."""
+    pixels = torch.cat([pipeline.image_processor.preprocess(image) for image in images])
+    mean = pipeline.vae.encode(pixels.to(pipeline.device, pipeline.vae.dtype)).latent_dist.mean.float()
+    latents = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+    return latents, [pipeline.encode_student(texts) for texts in captions]
+
+
+def draw(latents, contexts, batch_size, rng):
+    picks = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
+    captions = [contexts[i][int(torch.randint(len(contexts[i]), (1,), generator=rng))] for i in picks]
+    return latents[picks], captions
+
+
+def main(args):
+    accelerator = dopsd.make_accelerator(args)
+    family = family_of(args.pretrained_model_name_or_path)
+    pipeline = family.from_pretrained(args.pretrained_model_name_or_path, dtype=dopsd.weight_dtype_of(args))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(accelerator.device)
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+        module.requires_grad_(False)
+
+    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=family.size_multiple(pipeline.vae.config))
+    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], 0)
+    instance = encode(pipeline, [dopsd.training_image(row) for row in dataset], dataset["captions"])
+    if args.class_prompt:
+        size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.rollout_steps}
+        prompts = [args.class_prompt[i % len(args.class_prompt)] for i in range(args.num_class_images)]
+        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
+        drawn = [pipeline(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
+        prior = encode(pipeline, drawn, [[prompt] for prompt in prompts])
+
+    targets = dopsd.add_lora(pipeline, args)
+    parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+    optimizer, lr_scheduler = dopsd.make_optimizer(parameters, args)
+    for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        with accelerator.autocast():
+            loss = flow_matching_loss(pipeline, *draw(*instance, args.train_batch_size, rng), rng)
+            if args.class_prompt:
+                loss_prior = flow_matching_loss(pipeline, *draw(*prior, args.train_batch_size, rng), rng)
+                loss = loss + args.prior_loss_weight * loss_prior
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    dopsd.save_lora(pipeline, pipeline.transformer, targets, args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
