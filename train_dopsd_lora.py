@@ -46,13 +46,13 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -166,7 +166,6 @@ def add_training_arguments(parser):
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     group.add_argument("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that check the images at start.")
 
 
 def add_output_arguments(parser):
@@ -314,7 +313,7 @@ def load_image(source):
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
 
 
-def inspect_images(dataset, buckets, num_proc):
+def inspect_images(dataset, buckets):
     """Adds `bucket`, the (height, width) of each image in training, and `image_hash`; every image is decoded once."""
 
     def inspect(row):
@@ -323,7 +322,7 @@ def inspect_images(dataset, buckets, num_proc):
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
         return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
 
-    return dataset.map(inspect, num_proc=num_proc or None, desc="images")
+    return dataset.map(inspect, desc="images")
 
 
 def training_image(row):
@@ -750,7 +749,7 @@ def check_inputs(args):
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
-    dataset = inspect_images(read_dataset(args), buckets, args.dataloader_num_workers)
+    dataset = inspect_images(read_dataset(args), buckets)
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
@@ -834,10 +833,9 @@ def make_optimizer(parameters, args):
 
 
 def peak_memory_gib(device):
-    """Peak of the accelerator's allocated memory, on the CPU of the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak of the GPU's allocated memory; on the CPU, the process's resident memory."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return peak / 2**30
 
 
 def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpoint, args, accelerator):
@@ -896,7 +894,8 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
 
 def main(args):
     accelerator = make_accelerator(args)
-    family, dataset, checkpoint, pairs = check_inputs(args)
+    with accelerator.main_process_first():
+        family, dataset, checkpoint, pairs = check_inputs(args)
     cache = ContextCache(args)
     encode_contexts(family, args, cache, dataset, pairs, accelerator)
 

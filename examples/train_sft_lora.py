@@ -76,7 +76,7 @@ def main(args):
         module.requires_grad_(False)
 
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=family.size_multiple(pipeline.vae.config))
-    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], 0)
+    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1])
     instance = encode(pipeline, [dopsd.training_image(row) for row in dataset], dataset["captions"])
     if args.class_prompt:
         size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.rollout_steps}

@@ -333,15 +333,17 @@ def stage_vlm(args):
 
 # ---------------------------------------------------------------------------------------------------------------- vae
 def stage_vae(args):
-    """AutoencoderKL, f4, 8 channels."""
+    """AutoencoderKL, f4, 8 channels. Where the stage has finished before, it goes on from its weights."""
     data = [read_data(args, kind)[0] for kind in ("text", "object", "style")]
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=(24, 40, 64), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         latent_channels=8, layers_per_block=1, norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
+    if (args.work_dir / "vae" / "model").exists():
+        vae = AutoencoderKL.from_pretrained(args.work_dir / "vae" / "model")
     vae.to(device(), memory_format=torch.channels_last)
-    run = Run(args, "vae", vae, max(4, int(1400 * args.scale)), 3e-3)
+    run = Run(args, "vae", vae, max(4, int(args.vae_steps * args.scale)), 1e-3)
     logs = []
 
     def loss_of(rng):
@@ -349,8 +351,9 @@ def stage_vae(args):
         x = to_tensor(pictures).to(device())
         if rng.random() < 0.5:
             x = x.flip(-1)
-        latents = vae.encode(x).latent_dist
-        y = vae.decode(latents.sample()).sample
+        with torch.autocast(device().type, torch.bfloat16):
+            latents = vae.encode(x).latent_dist
+            y = vae.decode(latents.sample()).sample.float()
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
         logs.append(F.l1_loss(y, x).item())
         return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edges + 2e-5 * latents.kl().mean() / 10
@@ -381,34 +384,36 @@ def _judge_scene(job):
 
 def stage_judge(args):
     """The classifier of every attribute, on pictures with noise and blur."""
-    count = max(320, int(24000 * args.scale))
+    count = max(320, int(40000 * args.scale))
     with multiprocessing.Pool() as pool:
         rows = list(tqdm(pool.imap(_judge_scene, [(i, args.seed) for i in range(count)], chunksize=64), total=count))
     pictures = np.stack([r[0] for r in rows])
     labels = {a: torch.tensor([r[1][a] for r in rows]) for a in ATTRIBUTES}
     torch.manual_seed(args.seed)
-    judge = Judge().to(device())
-    run = Run(args, "judge", judge, max(4, int(900 * args.scale)), 2e-3)
+    judge = Judge().to(device(), memory_format=torch.channels_last)
+    run = Run(args, "judge", judge, max(4, int(2500 * args.scale)), 2e-3)
 
     def loss_of(rng):
-        picks = torch.from_numpy(rng.integers(256, count, 64))
+        picks = torch.from_numpy(rng.integers(min(1024, count // 2), count, 64))
         x = to_tensor(pictures[picks.numpy()]).to(device())
         if rng.random() < 0.3:
             x = F.interpolate(F.interpolate(x, scale_factor=0.6, mode="area"), 64, mode="bilinear")
         x = x + torch.randn_like(x) * rng.uniform(0, 0.08)
-        _, logits = judge(x)
+        with torch.autocast(device().type, torch.bfloat16):
+            _, logits = judge(x)
         known = labels["style"][picks].to(device()) == 0  # a random style hides the background's colour
         loss = 0.0
         for a, values in logits.items():
-            each = F.cross_entropy(values, labels[a][picks].to(device()), reduction="none")
+            each = F.cross_entropy(values.float(), labels[a][picks].to(device()), reduction="none")
             loss = loss + (each[known].mean() if a == "background" else each.mean())
         return loss
 
     run.train(loss_of)
     save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, run.path / "judge.safetensors")
-    _, predicted = inspect(judge.cpu(), pictures[:256])
-    known = labels["style"][:256] == 0
-    shares = {a: (predicted[a] == labels[a][:256])[known if a == "background" else slice(None)] for a in ATTRIBUTES}
+    held_out = 1024
+    _, predicted = inspect(judge.cpu(), pictures[:held_out])
+    known = labels["style"][:held_out] == 0
+    shares = {a: (predicted[a] == labels[a][:held_out])[known if a == "background" else slice(None)] for a in ATTRIBUTES}
     run.finish(held_out_accuracy={a: round(s.float().mean().item(), 3) for a, s in shares.items()})
 
 
@@ -438,12 +443,14 @@ def encode_contexts(args, prompts, pictures=None):
 @torch.no_grad()
 def stage_encode(args):
     """Latents and contexts of all training rows, once."""
-    vae = load_vae(args)
+    vae = load_vae(args).to(memory_format=torch.channels_last)
+    vae.encoder.compile()
     for kind in ("text", "object", "style"):
         target, reference, rows = read_data(args, kind)
         latents = []
         for start in tqdm(range(0, len(target), 128), desc=f"latents {kind}", mininterval=10):
-            mean = vae.encode(to_tensor(target[start : start + 128]).to(device())).latent_dist.mean
+            with torch.autocast(device().type, torch.bfloat16):
+                mean = vae.encode(to_tensor(target[start : start + 128]).to(device())).latent_dist.mean.float()
             latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
         contexts = encode_contexts(args, [row["prompt"] for row in rows], None if kind == "text" else reference)
         torch.save({"latents": torch.cat(latents), "contexts": contexts}, args.work_dir / f"encoded_{kind}.pt")
@@ -620,6 +627,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/, vlm/ and judge/ are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
+    parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--base_steps", type=int, default=3000)
     parser.add_argument("--trajectories", type=int, default=5120)
     parser.add_argument("--distill_steps", type=int, default=1000)

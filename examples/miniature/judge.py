@@ -31,17 +31,12 @@ def label(scene, attribute):
 class Judge(nn.Module):
     """Images (B, 3, 64, 64) in [-1, 1] -> features (B, 128) and one row of logits per attribute."""
 
-    def __init__(self, width=32):
+    def __init__(self):
         super().__init__()
-        layers, channels = [], 3
-        for out in (width, 2 * width, 3 * width, 4 * width):
-            layers += [
-                nn.Conv2d(channels, out, 3, padding=1),
-                nn.GroupNorm(8, out),
-                nn.SiLU(),
-                nn.Conv2d(out, out, 3, stride=2, padding=1),
-                nn.SiLU(),
-            ]
+        layers, channels = [nn.Conv2d(3, 48, 5, stride=2, padding=2), nn.SiLU()], 48
+        for out in (96, 128, 128):
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1), nn.SiLU()]
             channels = out
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 128), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(options)) for name, options in ATTRIBUTES.items()})

@@ -1,0 +1,39 @@
+# make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+CONCEPT ?= arrow
+# 4 pictures a step and 12 transformer passes a picture; SFT has 2 passes, so it gets 6 times the steps
+STEPS ?= 100
+SFT_STEPS = $$(( 6 * $(STEPS) ))
+RATE ?= 3e-4
+MINIATURE := examples/miniature
+COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
+	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 \
+	--learning_rate $(RATE) --seed 0
+
+.PHONY: demo test lint
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --max_train_steps $(STEPS) --validation_steps 50 \
+		--output_dir $(DEMO)/dopsd
+	$(BIN)/python examples/train_sft_lora.py $(COMMON) --max_train_steps $(SFT_STEPS) --report_to none \
+		--output_dir $(DEMO)/sft
+	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
+		--picture $(DEMO)/demo.png
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .

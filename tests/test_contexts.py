@@ -1,0 +1,163 @@
+"""The student's and the teacher's contexts."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CAPTIONS, draw
+from diffusers import ZImagePipeline
+from transformers import AutoConfig, Qwen3VLModel
+
+from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
+
+
+PROMPTS = CAPTIONS["a"]
+
+
+def test_student_contexts_are_the_stock_pipelines(pipeline):
+    """A LoRA trained on other text features than inference gives would not work when it is used."""
+    stock = ZImagePipeline(**pipeline.components)
+    expected, _ = stock.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    contexts = pipeline.encode_student(PROMPTS)
+    assert len(contexts[0]) != len(contexts[1])
+    for ours, theirs in zip(contexts, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_contexts_carry_no_graph(vlm, pipeline):
+    """The activations of a 4 B text encoder, kept for a backward that never comes, do not fit beside it."""
+    pipeline.load_multimodal_encoder(str(vlm))
+    assert not pipeline.encode_student(PROMPTS[:1])[0].requires_grad
+    assert not pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red")])[0].requires_grad
+
+
+def test_prompts_of_the_caller_are_left_alone(pipeline):
+    """The stock encode_prompt writes the chat template into the list: used again, a prompt would go through it twice."""
+    prompts = list(PROMPTS)
+    pipeline.encode_student(prompts)
+    assert prompts == PROMPTS
+    pipeline(prompts, height=32, width=32, num_inference_steps=1, output_type="latent")
+    assert prompts == PROMPTS
+
+
+def test_text_only_states_of_vlm_equal_text_encoders(pipeline, encoder):
+    """The teacher's prompt would be read by another language model than the student's."""
+    inputs = encoder.tokenizer(PROMPTS[1], return_tensors="pt")
+    with torch.no_grad():
+        ours = encoder.model(**inputs, output_hidden_states=True).hidden_states
+        theirs = pipeline.text_encoder(**inputs, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 4
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+
+
+def test_transplant_replaces_weights_that_differ(vlm, pipeline):
+    """If the VLM of these tests had the text encoder's weights, the tests beside this one would prove nothing."""
+    own = Qwen3VLModel.from_pretrained(vlm).language_model.state_dict()
+    assert not torch.equal(
+        own["layers.0.mlp.up_proj.weight"], pipeline.text_encoder.state_dict()["layers.0.mlp.up_proj.weight"]
+    )
+    assert AutoConfig.from_pretrained(vlm).text_config.rope_parameters["rope_theta"] == 5e3
+
+
+def test_verification_catches_the_vlms_own_rope(vlm, pipeline):
+    """With the VLM's rope_theta, teacher features would be silently off."""
+    pipeline.text_encoder.config.rope_parameters["rope_theta"] = 5e3  # the encoder itself still rotates with 1e4
+    with pytest.raises(ValueError, match="differ by"):
+        MultimodalEncoder(str(vlm)).transplant(pipeline.text_encoder)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_partial_transplant_is_an_error(vlm, pipeline, change):
+    """A weight that keeps its old value would leave a teacher made of two language models."""
+    attention = pipeline.text_encoder.layers[1].self_attn
+    if change == "missing":
+        attention.q_norm = torch.nn.Identity()
+    elif change == "extra":
+        attention.register_parameter("gate", torch.nn.Parameter(torch.ones(1)))
+    else:
+        attention.k_proj = torch.nn.Linear(64, 16, bias=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        MultimodalEncoder(str(vlm)).transplant(pipeline.text_encoder)
+
+
+def test_vlm_of_another_width_is_an_error(wide_vlm, pipeline):
+    """The user learns which model to choose, not that two matrices do not fit."""
+    with pytest.raises(ValueError, match="hidden_size is 128, not 64"):
+        MultimodalEncoder(str(wide_vlm)).transplant(pipeline.text_encoder)
+
+
+def test_other_models_than_qwen3_vl_are_an_error(base):
+    """A text model as VLM would fail deep inside transformers."""
+    with pytest.raises(ValueError, match="qwen3"):
+        MultimodalEncoder(str(base / "text_encoder"))
+
+
+def test_language_model_is_held_once(pipeline, encoder):
+    """Two copies of the language model would cost 8 GB with the real models."""
+    shared = {p.data_ptr() for p in pipeline.text_encoder.parameters()}
+    parameters = list(encoder.model.language_model.parameters())
+    assert len(parameters) == len(shared)
+    assert all(p.data_ptr() in shared for p in parameters)
+
+
+def test_teacher_context_sees_the_image(vlm, pipeline):
+    """A teacher whose context does not depend on the image has nothing to teach."""
+    pipeline.load_multimodal_encoder(str(vlm))
+    red, blue = draw("rectangle", "red", (32, 32)), draw("rectangle", "blue", (32, 32))
+    seen_red, seen_blue = pipeline.encode_teacher([PROMPTS[0]] * 2, [red, blue])
+    (student,) = pipeline.encode_student(PROMPTS[:1])
+    # 32 x 32 pixels are 4 x 4 patches, 2 x 2 tokens, between <|vision_start|> and <|vision_end|>
+    assert seen_red.shape == (len(student) + 4 + 2, 64)
+    assert (seen_red - seen_blue).abs().max() > 1e-3
+    (other,) = pipeline.encode_teacher(["a blue disc"], [red])
+    assert other.shape != seen_red.shape or not torch.equal(other, seen_red)
+
+
+def test_teacher_context_is_the_last_but_one_layer(vlm, pipeline):
+    """The transformer was trained on the layer before the last; others mean nothing to it."""
+    pipeline.load_multimodal_encoder(str(vlm))
+    image = draw("rectangle", "red", (32, 32))
+    states = pipeline.multimodal_encoder.hidden_states(PROMPTS[0], image)
+    assert len(states) == 4
+    (context,) = pipeline.encode_teacher(PROMPTS[:1], [image])
+    assert torch.equal(context, states[2])
+
+
+@pytest.mark.parametrize("max_pixels", [32 * 32, 768 * 768])
+@pytest.mark.parametrize("size", [(32, 32), (48, 24), (160, 160)])
+def test_context_length_is_known_without_weights(vlm, pipeline, size, max_pixels):
+    """A context that is too long for the position table would only fail after hours of encoding."""
+    encoder = MultimodalEncoder(str(vlm), max_pixels)
+    width, height = size
+    expected = encoder.context_length(PROMPTS[1], height, width)
+    encoder.transplant(pipeline.text_encoder)
+    image = draw("ellipse", "blue", size)
+    assert len(encoder.hidden_states(PROMPTS[1], image)[-2]) == expected
+
+
+def test_smaller_max_pixels_shorten_the_context(vlm):
+    """--teacher_max_pixels is what the error about long contexts tells the user to lower."""
+    lengths = [MultimodalEncoder(str(vlm), side**2).context_length("a", 160, 160) for side in (32, 64, 160)]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_max_context_length_is_what_the_transformer_takes(pipeline):
+    """One token too many is an IndexError inside the transformer; one too few refuses contexts that work."""
+    longest = DOPSDZImagePipeline.max_context_length(pipeline.transformer.config)
+    assert DOPSDZImagePipeline.max_context_length({"axes_lens": [1536, 512, 512]}) == 1504
+    noise, time = torch.randn(1, 4, 8, 8), torch.tensor(500.0)
+    with torch.no_grad():
+        pipeline.velocity(pipeline.transformer, noise, time, [torch.randn(longest, 64)])
+        with pytest.raises(IndexError):
+            pipeline.velocity(pipeline.transformer, noise, time, [torch.randn(longest + 1, 64)])
+
+
+def test_text_encoder_is_not_changed_by_the_transplant(vlm, pipeline):
+    """The student's contexts must stay those of the base model."""
+    before = copy.deepcopy(pipeline.text_encoder.state_dict())
+    expected = pipeline.encode_student(PROMPTS[:1])[0]
+    pipeline.load_multimodal_encoder(str(vlm))
+    pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red", (32, 32))])
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.text_encoder.state_dict().items())
+    assert torch.equal(pipeline.encode_student(PROMPTS[:1])[0], expected)

@@ -1,0 +1,291 @@
+"""Images, captions, buckets and the cache of contexts."""
+
+import gc
+import json
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+from conftest import CAPTIONS, draw, save_images
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_dopsd_lora as script
+from train_dopsd_lora import load_image, read_dataset
+
+from pipeline_dopsd import DOPSDZImagePipeline
+
+
+@pytest.fixture
+def read(flags, tmp_path):
+    """Captions by image name of a command line."""
+
+    def run(**changes):
+        dataset = read_dataset(script.parse_args(flags(tmp_path / "out", **changes)))
+        assert set(dataset.column_names) == {"image", "captions"}
+        return [row["captions"] for row in dataset]
+
+    return run
+
+
+def test_captions_in_text_files(read, images, tmp_path):
+    """One caption per line; blank lines are no captions."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "b.txt").write_text("\n  a blue disc \n\n")
+    assert read(instance_data_dir=folder) == list(CAPTIONS.values())
+
+
+def test_instance_prompt_is_the_caption_of_images_without_one(read, tmp_path):
+    """A folder of bare images trains on --instance_prompt, and captions beside some of them still count."""
+    folder = save_images(tmp_path / "images")
+    (folder / "b.txt").unlink()
+    (folder / "d.txt").unlink()
+    captions = read(instance_data_dir=folder, instance_prompt="a photo of sks")
+    assert captions == [CAPTIONS["a"], ["a photo of sks"], CAPTIONS["c"], ["a photo of sks"]]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_captions_in_metadata(read, tmp_path, form):
+    """The imagefolder format of `datasets`, so that a folder made for other trainers works as it is."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "ab":
+        draw("ellipse", "blue").save(folder / f"{name}.png")
+    rows = [("a.png", "first, with comma"), ("b.png", "second")]
+    if form == "jsonl":
+        text = "\n".join(json.dumps({"file_name": n, "text": c}) for n, c in rows)
+    else:
+        text = "file_name,text\n" + "\n".join(f'{n},"{c}"' for n, c in rows)
+    (folder / f"metadata.{form}").write_text(text)
+    assert sorted(read(instance_data_dir=folder)) == [["first, with comma"], ["second"]]
+
+
+def test_lists_of_captions_in_metadata(read, tmp_path):
+    """Several captions per image are also possible in metadata.jsonl, in a column of any name."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw("ellipse", "blue").save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "says": ["one", "two"]}))
+    assert read(instance_data_dir=folder, caption_column="says") == [["one", "two"]]
+    with pytest.raises(ValueError, match="--caption_column 'text'"):
+        read(instance_data_dir=folder)
+    assert read(instance_data_dir=folder, instance_prompt="a thing") == [["a thing"]]
+
+
+def test_dataset_with_columns_of_other_names(read, tmp_path, images):
+    """--dataset_name takes a dataset as it is, without renaming its columns."""
+    features = Features({"picture": ImageFeature(), "label": Value("string"), "number": Value("int64")})
+    rows = {"picture": [str(images / "a.png"), str(images / "b.png")], "label": ["one", "two"], "number": [1, 2]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    columns = {"image_column": "picture", "caption_column": "label"}
+    assert read(instance_data_dir=None, dataset_name=tmp_path / "data", **columns) == [["one"], ["two"]]
+    with pytest.raises(ValueError, match="--image_column 'image'"):
+        read(instance_data_dir=None, dataset_name=tmp_path / "data", caption_column="label")
+
+
+def decode(path):
+    image = load_image({"path": str(path), "bytes": None})
+    assert image.mode == "RGB"
+    assert np.array_equal(image, load_image({"path": "gone", "bytes": path.read_bytes()}))
+    return image
+
+
+def test_exif_orientation(tmp_path):
+    """Portraits of a phone would be learned lying on their side."""
+    image = Image.new("RGB", (30, 20), "blue")
+    image.paste("red", (0, 0, 30, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for display
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = decode(tmp_path / "x.png")
+    assert upright.size == (20, 30)
+    assert upright.getpixel((15, 15)) == (255, 0, 0) and upright.getpixel((5, 15)) == (0, 0, 255)
+
+
+def palette_with_transparency():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.info["transparency"] = 1
+    return image
+
+
+def grey16(value):
+    return Image.fromarray(np.full((4, 4), value, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "expected", "tolerance"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 128)), "png", (255, 127, 127), 1),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "png", (255, 255, 255), 0),
+        (Image.new("LA", (4, 4), (0, 0)), "png", (255, 255, 255), 0),
+        (palette_with_transparency(), "png", (255, 255, 255), 0),
+        (Image.new("L", (4, 4), 100), "png", (100, 100, 100), 0),
+        (Image.new("1", (4, 4), 1), "png", (255, 255, 255), 0),
+        (Image.new("P", (4, 4), 0), "png", (0, 0, 0), 0),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "jpg", (255, 0, 0), 4),
+        (Image.new("CMYK", (4, 4), (0, 0, 0, 255)), "tif", (0, 0, 0), 4),
+        (grey16(32768), "png", (128, 128, 128), 1),
+        (grey16(65535), "png", (255, 255, 255), 0),
+        (grey16(200), "png", (1, 1, 1), 1),
+        (grey16(0), "png", (0, 0, 0), 0),
+        (grey16(32768), "tif", (128, 128, 128), 1),
+    ],
+    ids=["half-transparent", "transparent", "grey-alpha", "palette-alpha", "grey", "bilevel", "palette", "cmyk", "cmyk-black",
+         "16-bit", "16-bit-white", "16-bit-dark", "16-bit-black", "16-bit-tiff"],
+)  # fmt: skip
+def test_modes_decode_to_the_right_colour(tmp_path, image, suffix, expected, tolerance):
+    """A plain convert("RGB") makes transparent parts black and clips 16-bit grey to white."""
+    image.save(tmp_path / f"x.{suffix}")
+    pixels = np.asarray(decode(tmp_path / f"x.{suffix}")).astype(int)
+    assert np.abs(pixels - expected).max() <= tolerance
+
+
+def test_formats_of_a_photo_folder_are_found(read, tmp_path):
+    """An image that is passed over in silence is missing from the training."""
+    for name in ("a.JPG", "b.jpeg", "c.webp", "d.bmp"):
+        draw("ellipse", "blue").save(tmp_path / name)
+    assert len(read(instance_data_dir=tmp_path, instance_prompt="x")) == 4
+
+
+# ---------------------------------------------------------------------------------------------------- buckets and cache
+@pytest.fixture
+def encoded(monkeypatch):
+    """(caption, size of the image) of every pair that the teacher encodes."""
+    calls, encode = [], DOPSDZImagePipeline.encode_teacher
+
+    def recorded(self, prompts, images):
+        calls.extend((prompt, image.size) for prompt, image in zip(prompts, images))
+        return encode(self, prompts, images)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "encode_teacher", recorded)
+    return calls
+
+
+@pytest.fixture
+def latent_shapes(monkeypatch):
+    """Shapes of the latents that the transformer sees."""
+    shapes, velocity = set(), DOPSDZImagePipeline.velocity
+
+    def recorded(self, transformer, latents, timestep, contexts):
+        shapes.add(tuple(latents.shape))
+        return velocity(self, transformer, latents, timestep, contexts)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", recorded)
+    return shapes
+
+
+def test_images_train_in_the_bucket_of_their_shape(train, tmp_path, encoded, latent_shapes):
+    """Landscape and portrait pictures would lose their sides to a square crop."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, size in {"square": (100, 100), "wide": (200, 100), "tall": (100, 180)}.items():
+        draw("ellipse", "blue", size).save(folder / f"{name}.png")
+    train(tmp_path / "out", instance_data_dir=folder, instance_prompt="a disc", max_train_steps=3)
+    assert sorted(size for _, size in encoded) == [(24, 40), (32, 32), (48, 24)]
+    assert latent_shapes == {(1, 4, 8, 8), (1, 4, 6, 12), (1, 4, 10, 6)}
+
+
+def test_cache_is_renewed_when_what_it_holds_changes(train, tmp_path, encoded):
+    """A cache that is too faithful trains on the old picture or caption; one that is not costs the encoders' time."""
+    folder, steps = save_images(tmp_path / "images"), {"max_train_steps": 1}
+    common = {"instance_data_dir": folder, "context_cache_dir": tmp_path / "cache", **steps}
+
+    def encodes(**changes):
+        encoded.clear()
+        train(tmp_path / "out", **{**common, **changes})
+        return sorted(caption for caption, _ in encoded)
+
+    everything = sorted(c for captions in CAPTIONS.values() for c in captions)
+    assert encodes() == everything
+    assert encodes() == []
+    assert encodes(learning_rate=1e-3, rank=2, rollout_steps=1, seed=4) == []
+    (folder / "b.txt").write_text("another caption")
+    assert encodes() == ["another caption"]
+    draw("rectangle", "black").save(folder / "c.png")
+    assert encodes() == CAPTIONS["c"]
+    assert len(encodes(resolution=24)) == 5
+    assert len(encodes(teacher_max_pixels=16 * 16)) == 5
+    assert len(encodes(mixed_precision="bf16")) == 5
+    assert encodes() == []
+
+
+@pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer"])
+def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part):
+    """Contexts of other encoder weights would be taken for those of these."""
+    models = {"pretrained_model_name_or_path": tmp_path / "base", "vlm_model_name_or_path": tmp_path / "vlm"}
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(vlm, tmp_path / "vlm")
+    row = {"image_hash": "0", "bucket": [32, 32]}
+
+    def path():
+        return script.ContextCache(script.parse_args(flags(tmp_path / "out", **models))).path(row, "x")
+
+    before = path()
+    assert path() == before
+    if part == "tokenizer":
+        config = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
+        config.write_text(config.read_text() + "\n")
+    else:
+        file = (
+            tmp_path / "vlm" / "model.safetensors" if part == "vlm" else tmp_path / "base" / part / "model.safetensors"
+        )
+        weights = load_file(file)
+        weights[sorted(weights)[0]] += 1e-3
+        save_file(weights, file, {"format": "pt"})
+    assert path() != before
+
+
+def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):
+    """Encoders that are not needed take minutes to load and the memory that the training has not got."""
+    train(tmp_path / "first", validation_steps=5)
+
+    def loaded(*args, **kwargs):
+        pytest.fail("an encoder was loaded")
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "load_multimodal_encoder", loaded)
+    monkeypatch.setattr("pipeline_dopsd.Qwen3VLModel.from_pretrained", loaded)
+    monkeypatch.setattr("transformers.Qwen3Model.from_pretrained", loaded)
+    train(tmp_path / "second", validation_steps=5)
+    with pytest.raises(pytest.fail.Exception, match="an encoder was loaded"):
+        train(tmp_path / "third", context_cache_dir=tmp_path / "cold")
+
+
+def test_encoders_are_freed_before_the_transformer_loads(train, tmp_path, monkeypatch):
+    """Encoders and transformer together do not fit where each alone does."""
+    encoders, load = [], DOPSDZImagePipeline.load_multimodal_encoder
+
+    def recorded(self, *args, **kwargs):
+        load(self, *args, **kwargs)
+        encoders.extend([weakref.ref(self.text_encoder), weakref.ref(self.multimodal_encoder.model)])
+
+    def alive(self, *args):
+        gc.collect()
+        assert len(encoders) == 2 and not any(encoder() for encoder in encoders)
+        raise KeyboardInterrupt  # seen enough
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "load_multimodal_encoder", recorded)
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", alive)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "out", context_cache_dir=tmp_path / "cold")
+
+
+def test_several_captions_are_drawn_at_random(train, tmp_path, monkeypatch):
+    """With the first caption alone, a LoRA learns its wording instead of the concept."""
+    drawn, read = [], script.ContextCache.read
+
+    def recorded(self, row, caption):
+        drawn.append(caption)
+        return read(self, row, caption)
+
+    monkeypatch.setattr(script.ContextCache, "read", recorded)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    draw("rectangle", "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("one\ntwo\n")
+    train(tmp_path / "out", instance_data_dir=folder, max_train_steps=12, rollout_steps=1)
+    assert len(drawn) == 12 and 2 <= drawn.count("two") <= 10
+    assert drawn not in (["one", "two"] * 6, ["two", "one"] * 6)

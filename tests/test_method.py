@@ -1,0 +1,271 @@
+"""The rollout, its gradient, the teacher and the draws: what D-OPSD is."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from torch.profiler import ProfilerActivity, profile
+
+import train_dopsd_lora as script
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+@pytest.mark.parametrize("steps", [4, 8])
+def test_rollout_is_the_stock_pipelines_trajectory(student, flags, tmp_path, steps, size):
+    """Trained on other states than inference visits, the LoRA would not be on-policy."""
+    height, width = size
+    prompt = "a red square"
+    noise, _, teacher_contexts = student.batch(1, height, width)
+    stock, expected = ZImagePipeline(**student.pipeline.components), []
+    stock.set_progress_bar_config(disable=True)
+    stock(
+        prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=0.0, latents=noise.clone(),
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, time, values: expected.append(values["latents"].clone()) or {},
+    )  # fmt: skip
+
+    states, step = [], student.pipeline.scheduler.step
+
+    def recorded(velocity, timestep, latents, **kwargs):
+        states.append(latents.clone())
+        out = step(velocity, timestep, latents, **kwargs)
+        states.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
+        return out
+
+    student.pipeline.scheduler.step = recorded
+    contexts = [c.detach() for c in student.pipeline.encode_student([prompt])]
+    student.backward((noise, contexts, teacher_contexts), rollout_steps=steps)
+    before, after = states[0::2], states[1::2]
+    assert len(before) == len(expected) == steps
+    assert torch.equal(before[0], noise)
+    for k in range(steps):
+        torch.testing.assert_close(after[k], expected[k], rtol=0, atol=1e-5)
+        if k:
+            torch.testing.assert_close(before[k], expected[k - 1], rtol=0, atol=1e-5)
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(before, after))
+
+
+def reference(student, batch, steps, weighting):
+    """Losses and gradient of one backward through all K graphs; the teacher is a second set of weights, copied in."""
+    pipeline, (latents, student_contexts, teacher_contexts) = student.pipeline, batch
+    height, width = (side * 4 for side in latents.shape[-2:])
+    timesteps = pipeline.few_step_grid(steps, height, width, "cpu")
+    own = [p.detach().clone() for p in student.parameters]
+    losses = []
+    for k, t in enumerate(timesteps):
+        velocity = pipeline.velocity(student.transformer, latents, t, student_contexts)
+        with torch.no_grad():
+            # a copy of the transformer: weights that autograd has saved must not be written to
+            for parameter, shadow in zip(student.parameters, student.ema.shadow_params):
+                parameter.data = shadow.clone()
+            target = pipeline.velocity(student.transformer, latents, t, teacher_contexts)
+            for parameter, weights in zip(student.parameters, own):
+                parameter.data = weights
+        sigma = t / 1000
+        losses.append((sigma**2 if weighting == "x0" else 1.0) * (velocity - target).pow(2).mean())
+        after = timesteps[k + 1] / 1000 if k + 1 < steps else 0.0
+        latents = latents + (after - sigma) * velocity.detach()
+    for parameter in student.parameters:
+        parameter.grad = None
+    torch.stack(losses).mean().backward()
+    return torch.stack(losses).detach(), [p.grad.clone() for p in student.parameters]
+
+
+@pytest.mark.parametrize("weighting", ["velocity", "x0"])
+def test_gradient_is_that_of_one_backward_through_all_states(student, weighting):
+    """A backward per state must not change what is optimised, nor may the teacher's weights leak into it."""
+    batch = student.batch(2)
+    expected_losses, expected = reference(student, batch, 4, weighting)
+    losses, gradient = student.backward(batch, loss_weighting=weighting)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
+    assert any(g.abs().max() > 1e-4 for g in expected)
+    for ours, theirs in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(student):
+    """Recomputed activations must come from the student's weights, although the teacher's were in place in between."""
+    calls = []
+    student.transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = student.batch(2)
+    losses, expected = student.backward(batch)
+    plain = len(calls)
+    student.transformer.enable_gradient_checkpointing()
+    checkpointed_losses, gradient = student.backward(batch)
+    assert plain == 2 * 4 and len(calls) - plain == 3 * 4  # each block of the student runs once more
+    assert torch.equal(losses, checkpointed_losses)
+    for ours, theirs in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_student_learns_and_teacher_and_base_do_not(student):
+    """A gradient that reaches the base or the teacher's shadow trains something that is not saved."""
+    shadows = [s.clone() for s in student.ema.shadow_params]
+    weights = [p.detach().clone() for p in student.parameters]
+    _, gradient = student.backward(student.batch(2))
+    assert all(g.abs().max() > 0 for g in gradient)
+    for shadow, before in zip(student.ema.shadow_params, shadows):
+        assert torch.equal(shadow, before) and shadow.grad is None and not shadow.requires_grad
+    for parameter, before in zip(student.parameters, weights):
+        assert torch.equal(parameter, before) and parameter.requires_grad
+    frozen = [p for n, p in student.transformer.named_parameters() if "lora_" not in n]
+    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_no_forward_is_done_twice(student):
+    """K states cost K forwards of the student, without a second one for the rollout, and K of the teacher."""
+    grads = []
+    student.transformer.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    student.backward(student.batch(1), rollout_steps=3)
+    assert Counter(grads) == {True: 3, False: 3}
+
+
+def test_teacher_uses_ema_weights_and_the_teachers_context(student):
+    """A teacher with the student's weights is the live copy that the paper shows to collapse."""
+    noise, contexts, teacher_contexts = student.batch(1)
+    losses, _ = student.backward((noise, contexts, teacher_contexts))
+    student.ema.shadow_params[0].add_(0.5)
+    moved, _ = student.backward((noise, contexts, teacher_contexts))
+    assert (moved - losses).abs().min() > 1e-6
+    other, _ = student.backward((noise, contexts, [c + 1 for c in teacher_contexts]))
+    assert (other - moved).abs().min() > 1e-6
+    # student = teacher in weights and context: nothing to learn
+    for shadow, parameter in zip(student.ema.shadow_params, student.parameters):
+        shadow.copy_(parameter.detach())
+    same, _ = student.backward((noise, contexts, contexts))
+    assert same.abs().max() < 1e-10
+
+
+def test_teacher_weights_are_put_back_after_an_error(student, monkeypatch):
+    """An interrupted run that saves would save the teacher as the student."""
+    weights = [p.detach().clone() for p in student.parameters]
+    monkeypatch.setattr(student.pipeline, "velocity", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        student.backward(student.batch(1))
+    assert all(torch.equal(p, w) for p, w in zip(student.parameters, weights))
+
+
+def test_x0_weighting_is_sigma_squared(student):
+    """--loss_weighting x0 is the loss that the authors' code trains with, at every state."""
+    batch = student.batch(1)
+    velocity, _ = student.backward(batch, loss_weighting="velocity")
+    x0, _ = student.backward(batch, loss_weighting="x0")
+    sigmas = torch.tensor([1.0, 0.9, 0.75, 0.5])  # shift 3 of 1, 3/4, 1/2, 1/4
+    torch.testing.assert_close(x0, sigmas**2 * velocity)
+
+
+def test_accumulated_gradient_is_the_mean_of_micro_steps(student):
+    """Otherwise --gradient_accumulation_steps would change the learning rate."""
+    batch = student.batch(1)
+    losses, whole = student.backward(batch)
+    same_losses, half = student.backward(batch, gradient_accumulation_steps=2)
+    assert torch.equal(losses, same_losses)
+    for a, b in zip(whole, half):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_batch_of_two_equals_two_of_one(student):
+    """Prompts of different lengths in a batch must not see each other's padding."""
+    noise, contexts, teacher_contexts = batch = student.batch(2)
+    assert len(contexts[0]) <= 32 < len(contexts[1])  # padded to 32 and to 64 tokens
+    losses, gradient = student.backward(batch)
+    singles = [student.backward((noise[i : i + 1], contexts[i : i + 1], teacher_contexts[i : i + 1])) for i in (0, 1)]
+    torch.testing.assert_close(losses, (singles[0][0] + singles[1][0]) / 2, rtol=1e-4, atol=0)
+    for both, first, second in zip(gradient, singles[0][1], singles[1][1]):
+        torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-6)
+
+
+def peak_bytes(work, folder):
+    """Peak of the memory that torch allocates on the CPU during `work`, above what is allocated before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    trace.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    return np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]).max()
+
+
+def test_memory_does_not_grow_with_the_number_of_states(student, tmp_path):
+    """With all K graphs kept, 8 states would not fit where 2 do."""
+    batch = student.batch(2)
+    student.backward(batch)  # what is allocated once
+    two = peak_bytes(lambda: student.backward(batch, rollout_steps=2), tmp_path)
+    eight = peak_bytes(lambda: student.backward(batch, rollout_steps=8), tmp_path)
+    assert two > 2**20  # the activations of a forward are in it
+    assert eight < 1.05 * two
+
+
+def ema_after(decay, steps, dtype=torch.float32):
+    """Shadow after `steps` steps of a weight that starts at 1 and stands at 2 afterwards."""
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+    ema = script.make_ema([parameter], decay)
+    parameter.data.fill_(2.0)
+    for _ in range(steps):
+        ema.step([parameter])
+    return ema.shadow_params[0]
+
+
+def test_ema_decay_is_constant_from_the_first_step():
+    """With the usual warm-up of an EMA the teacher would follow the student for thousands of steps."""
+    for steps in (1, 2, 50):
+        torch.testing.assert_close(ema_after(0.9999, steps), torch.full((8,), 2 - 0.9999**steps), rtol=0, atol=2e-6)
+    torch.testing.assert_close(ema_after(0.5, 3), torch.full((8,), 2 - 0.125))
+
+
+def test_ema_extremes_are_the_frozen_base_and_the_live_copy():
+    """--ema_decay 1.0 and 0.0 are the two controls of the paper."""
+    assert torch.equal(ema_after(1.0, 50), torch.ones(8))
+    assert torch.equal(ema_after(0.0, 1), torch.full((8,), 2.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+BUCKETS = ((32, 32),) * 5 + ((24, 40),) * 3
+
+
+def rows_of(draws):
+    return [row for row, _ in draws]
+
+
+def numbers_of(draws):
+    return [rng.integers(2**60) for _, rng in draws]
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 23])
+def test_two_processes_draw_what_one_draws_with_twice_the_batch(step):
+    """The number of GPUs must not change what is trained on, image, caption and noise alike."""
+    one = script.draw_batch(BUCKETS, 2, step, 0, 1, 5)
+    two = [script.draw_batch(BUCKETS, 1, step, process, 2, 5)[0] for process in (0, 1)]
+    assert rows_of(one) == rows_of(two)
+    one, two = numbers_of(one), numbers_of(two)
+    assert one == two and one[0] != one[1]
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    """A resumed run would train on other images and noise than the uninterrupted one."""
+    draw = [script.draw_batch(BUCKETS, 2, step, 0, 1, 5) for step in range(8)]
+    again = [script.draw_batch(BUCKETS, 2, step, 0, 1, 5) for step in reversed(range(8))][::-1]
+    other = [script.draw_batch(BUCKETS, 2, step, 0, 1, 6) for step in range(8)]
+    assert [rows_of(d) for d in draw] == [rows_of(d) for d in again] != [rows_of(d) for d in other]
+    numbers = [numbers_of(d) for d in draw]
+    assert numbers == [numbers_of(d) for d in again]
+    assert len(set(map(tuple, numbers))) == len(numbers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_image_is_drawn_in_every_epoch(batch_size):
+    """An image that is never drawn is never learned; a batch of two shapes cannot be stacked."""
+    steps = -(-5 // batch_size) + -(-3 // batch_size)
+    epochs = []
+    for epoch in range(3):
+        drawn = []
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            rows = rows_of(script.draw_batch(BUCKETS, batch_size, step, 0, 1, 0))
+            assert len(rows) == batch_size and len({BUCKETS[row] for row in rows}) == 1
+            drawn += rows
+        assert set(drawn) == set(range(8))
+        if batch_size == 1:
+            assert len(drawn) == 8
+        epochs.append(drawn)
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]

@@ -1,0 +1,258 @@
+"""What a run leaves behind, and that it loads everywhere."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN, LORA, ROOT, SECRET
+from diffusers import DiffusionPipeline, ZImagePipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_dopsd_lora as script
+
+from pipeline_dopsd import DOPSDZImagePipeline, family_of
+
+
+STEPS = 4
+PROMPT = "a red square"  # the first caption of the first image: the first row of a validation picture
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    """Output folder of a run that changed the model visibly; alpha is not the rank."""
+    changes = {
+        "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05, "ema_decay": 1.0,
+        "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard", "hub_token": SECRET,
+        "checkpointing_steps": 6,
+    }  # fmt: skip
+    return train(tmp_path_factory.mktemp("trained"), **changes)
+
+
+@pytest.fixture(scope="module")
+def expected(trained):
+    """The student's picture at the end of training."""
+    return np.asarray(Image.open(trained / "validation" / "step-000012.png")).astype(int)[:32, :32]
+
+
+def sample(pipe, **kwargs):
+    """The picture that the validation drew, from the text alone."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return np.asarray(pipe(PROMPT, height=32, width=32, latents=noise, **kwargs).images[0]).astype(int)
+
+
+def forwards(pipe):
+    """Batch sizes of the transformer's forwards during one call without number of steps and guidance."""
+    sizes = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    pipe(PROMPT, height=32, width=32, output_type="latent")
+    handle.remove()
+    return sizes
+
+
+def test_lora_has_an_effect(trained, expected, base):
+    """The tests below compare pictures; they must be others than the base's."""
+    stock = ZImagePipeline.from_pretrained(base)
+    plain = sample(stock, num_inference_steps=STEPS, guidance_scale=0.0)
+    assert np.abs(plain - expected).max() > 20
+    before = np.asarray(Image.open(trained / "validation" / "step-000000.png")).astype(int)[:32, :32]
+    assert np.abs(plain - before).max() <= 1
+
+
+def test_way_a_the_base_through_the_repositorys_code(trained, expected, base):
+    """The pictures of the training, few-step and without guidance by default."""
+    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(trained), trust_remote_code=True)
+    pipe.load_lora_weights(trained)
+    assert type(pipe).__name__ == "DOPSDZImagePipeline"
+    assert np.abs(sample(pipe, num_inference_steps=STEPS) - expected).max() <= 1
+    assert forwards(pipe) == [1] * 8
+
+
+def test_way_b_the_repository_alone(trained, expected):
+    """One line gives base and LoRA, with the number of steps that was trained."""
+    pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    assert pipe.transformer.dtype == torch.float32
+    assert np.abs(sample(pipe) - expected).max() <= 1
+    assert forwards(pipe) == [1] * STEPS
+
+
+def test_way_c_without_custom_code(trained, expected, base):
+    """The headline: the file loads in plain diffusers at the strength that was trained."""
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(trained)
+    assert type(pipe) is ZImagePipeline
+    assert np.abs(sample(pipe, num_inference_steps=STEPS, guidance_scale=0.0) - expected).max() <= 1
+
+
+NEW_PROCESS = """
+import sys, numpy as np, torch
+from diffusers import DiffusionPipeline
+base, repo, out, prompt, steps = sys.argv[1:]
+def sample(pipe, **kwargs):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return np.asarray(pipe(prompt, height=32, width=32, latents=noise, **kwargs).images[0])
+a = DiffusionPipeline.from_pretrained(base, custom_pipeline=repo, trust_remote_code=True)
+a.load_lora_weights(repo)
+b = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+c = DiffusionPipeline.from_pretrained(base)
+c.load_lora_weights(repo)
+few = {"num_inference_steps": int(steps)}
+np.savez(out, a=sample(a, **few), b=sample(b), c=sample(c, guidance_scale=0.0, **few))
+"""
+
+
+def test_pictures_of_the_training_in_a_new_process(trained, expected, base, tmp_path, subprocess_env):
+    """What a user does on another day: nothing of the training process is left, and no file of this project is at hand."""
+    command = [
+        sys.executable,
+        "-c",
+        NEW_PROCESS,
+        str(base),
+        str(trained),
+        str(tmp_path / "out.npz"),
+        PROMPT,
+        str(STEPS),
+    ]
+    env = {**subprocess_env, "HF_HOME": str(tmp_path / "home")}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pictures = np.load(tmp_path / "out.npz")
+    for way in "abc":
+        assert np.abs(pictures[way].astype(int) - expected).max() <= 1, way
+
+
+def test_lora_file_has_the_form_that_all_programs_load(trained):
+    """ComfyUI ignores an alpha in the metadata, and diffusers cannot load Z-Image files with .alpha keys."""
+    saved, trained_weights = load_file(trained / LORA), load_file(trained / "checkpoint-12" / "student.safetensors")
+    assert len(saved) == len(trained_weights) == 2 * 28
+    for name, weights in trained_weights.items():
+        key = "transformer." + name.replace(".default", "")
+        strength = 16 / 4 if ".lora_B." in name else 1.0
+        assert torch.equal(saved[key], weights * strength)
+    with safe_open(trained / LORA, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.r"] == metadata["transformer.lora_alpha"] == 4
+    assert [p.name for p in trained.glob("*.safetensors")] == [LORA]
+
+
+def test_default_layers_are_attention_and_feed_forward_of_all_blocks(trained):
+    """Layers that are left out in silence are not trained: 7 in each of 2 layers and 2 refiners."""
+    layers = {k.removeprefix("transformer.").rsplit(".lora_", 1)[0] for k in load_file(trained / LORA)}
+    blocks = ["layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"]
+    kinds = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
+    kinds += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    assert layers == {f"{block}.{kind}" for block in blocks for kind in kinds}
+
+
+def test_lora_layers_are_found_by_the_end_of_their_name(pipeline):
+    """--lora_layers takes what people write, never half a name, and no name that matches nothing."""
+    found = DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["to_q", "layers.1.feed_forward.w1"])
+    assert sorted(found) == [
+        "context_refiner.0.attention.to_q", "layers.0.attention.to_q", "layers.1.attention.to_q", "layers.1.feed_forward.w1",
+        "noise_refiner.0.attention.to_q",
+    ]  # fmt: skip
+    for name in ("o_q", "attention", "to_query"):
+        with pytest.raises(ValueError, match=name):
+            DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["to_k", name])
+
+
+def test_token_is_written_nowhere(trained):
+    """A folder that is pushed or shared would give the user's account away."""
+    files = [p for p in trained.rglob("*") if p.is_file()]
+    assert any("events.out" in p.name for p in files) and any(p.name == "dopsd_settings.json" for p in files)
+    assert not [p for p in files if SECRET.encode() in p.read_bytes()]
+
+
+def test_settings_of_the_run_are_kept(trained, base):
+    """Months later, the only record of how the LoRA was made."""
+    settings = json.loads((trained / "dopsd_settings.json").read_text())
+    assert settings["learning_rate"] == 0.05 and settings["rank"] == 4 and settings["lora_alpha"] == 16
+    assert settings["pretrained_model_name_or_path"] == str(base)
+
+
+def test_model_card_names_base_and_settings(trained, base):
+    """The Hub shows base and task by the card's metadata."""
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.base_model == str(base) and "lora" in card.data.tags
+    assert f"num_inference_steps={STEPS}" in card.text
+
+
+def test_push_sends_the_result_alone(train, tmp_path, monkeypatch):
+    """Checkpoints, cached contexts of private pictures and logs stay at home."""
+    sent = {}
+    monkeypatch.setattr(script, "create_repo", lambda name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
+    monkeypatch.setattr(script, "upload_folder", lambda **kwargs: sent.update(kwargs))
+    train(tmp_path / "my-lora", "--push_to_hub", max_train_steps=1, context_cache_dir=None, hub_token=SECRET)
+    assert sent["repo_id"] == "me/my-lora" and sent["token"] == SECRET
+    expected = {LORA, "README.md", "dopsd_settings.json", "model_index.json", "pipeline.py", "pipeline_dopsd.py"}
+    assert set(sent["allow_patterns"]) == expected
+    assert all((tmp_path / "my-lora" / name).is_file() for name in expected)
+
+
+def test_family_is_known_by_the_base(base):
+    """The script chooses the family; the user does not."""
+    assert family_of(str(base)) is DOPSDZImagePipeline
+
+
+def test_velocity_is_noise_minus_data(pipeline):
+    """With a wrong sign or time the rollout leaves the image instead of reaching it."""
+    latents, contexts = torch.randn(2, 4, 8, 8), [torch.randn(n, HIDDEN) for n in (5, 40)]
+    with torch.no_grad():
+        ours = pipeline.velocity(pipeline.transformer, latents, torch.tensor(250.0), contexts)
+        times = torch.tensor([0.75, 0.75])
+        out = pipeline.transformer(list(latents.unsqueeze(2)), times, contexts, return_dict=False)[0]
+    assert ours.shape == latents.shape and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, -torch.stack(out).squeeze(2))
+
+
+SITECUSTOMIZE = """
+import os, socket
+def refuse(name, call):
+    def guarded(self, address, *args):
+        if self.family == socket.AF_UNIX:
+            return call(self, address, *args)
+        note(f"{name} {address}")
+    return guarded
+def note(text):
+    with open(os.environ["NETWORK_LOG"], "a") as log:
+        log.write(text + "\\n")
+    raise OSError("no network in this test: " + text)
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse(name, getattr(socket.socket, name)))
+socket.getaddrinfo = lambda *args, **kwargs: note(f"getaddrinfo {args}")
+open(os.environ["NETWORK_LOG"], "a").close()
+"""
+
+
+def test_two_files_alone_run_without_network(flags, tmp_path, subprocess_env):
+    """`accelerate launch` of the script in a folder with nothing else, on a machine that is offline and does not say so."""
+    folder, patch = tmp_path / "alone", tmp_path / "patch"
+    folder.mkdir()
+    patch.mkdir()
+    for name in ("train_dopsd_lora.py", "pipeline_dopsd.py"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (patch / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    log = tmp_path / "network.log"
+    env = {**subprocess_env, "PYTHONPATH": str(patch), "NETWORK_LOG": str(log), "HF_HOME": str(tmp_path / "home")}
+    env.pop("HF_HUB_OFFLINE")
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
+    changes = {"validation_steps": 1, "report_to": "tensorboard", "context_cache_dir": None, "mixed_precision": None}
+    command = [sys.executable, *launcher, "train_dopsd_lora.py", *flags("out", max_train_steps=1, **changes)]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert log.read_text() == ""
+    names = {p.name for p in (folder / "out").iterdir()}
+    assert names >= {
+        LORA,
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "pipeline_dopsd.py",
+        "checkpoint-1",
+        "validation",
+    }

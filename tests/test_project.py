@@ -1,0 +1,82 @@
+"""Rules of the project that no single run shows."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+SCRIPTS = [ROOT / name for name in ("train_dopsd_lora.py", "train_dopsd_full.py") if (ROOT / name).exists()]
+FILES = [*SCRIPTS, ROOT / "pipeline_dopsd.py"]
+OPTIONAL = {"bitsandbytes", "wandb"}  # imported inside functions, for flags that ask for them
+
+
+def definitions(path):
+    """Source of every top-level function and class, by name."""
+    source = path.read_text("utf-8")
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {n.name: ast.get_source_segment(source, n) for n in ast.parse(source).body if isinstance(n, kinds)}
+
+
+def imports(path, top_level):
+    """Names of the packages that a file imports at its top, or anywhere else in it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return found | {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+
+
+def header(path):
+    """PEP 723 block of a script as text."""
+    found = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", path.read_text("utf-8"))
+    assert found, f"{path.name} has no PEP 723 header"
+    return found["content"]
+
+
+def declared(path):
+    """Distributions that the header of a script asks for, with those that these ask for themselves."""
+    names = {re.match(r"[\w.-]+", d)[0] for d in re.findall(r'"([^"]+)"', header(path).split("dependencies")[1])}
+    for name in list(names):
+        requirements = [r for r in importlib.metadata.requires(name) or [] if "extra ==" not in r]
+        names |= {re.match(r"[\w.-]+", r)[0] for r in requirements}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+@pytest.mark.skipif(len(SCRIPTS) < 2, reason="there is one training script so far")
+def test_shared_functions_are_identical():
+    """A bug that is mended in one script stays in the other where their common parts have drifted apart."""
+    lora, full = map(definitions, SCRIPTS)
+    common = lora.keys() & full.keys() - {"main", "parse_args"}
+    assert common and not [name for name in sorted(common) if lora[name] != full[name]]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_scripts_import_packages_and_the_pipeline_alone(path):
+    """Two copied files must run anywhere: no helper module of this repository is imported."""
+    own = {p.stem for p in ROOT.rglob("*.py") if ".venv" not in p.parts} - {"pipeline_dopsd"}
+    installed = importlib.metadata.packages_distributions()
+    for name in imports(path, top_level=False) - set(sys.stdlib_module_names) - {"pipeline_dopsd"} - OPTIONAL:
+        assert name in installed and name not in own, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_header_declares_what_is_imported(path):
+    """`uv run` of the script installs what its header names; a package that is missing there ends in an ImportError."""
+    assert 'requires-python = ">=3.10"' in header(path)
+    installed = importlib.metadata.packages_distributions()
+    needed = imports(path, top_level=True) | imports(ROOT / "pipeline_dopsd.py", top_level=True)
+    for name in needed - set(sys.stdlib_module_names) - {"pipeline_dopsd"}:
+        assert {d.lower().replace("_", "-") for d in installed[name]} & declared(path), f"{name} is not declared"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_versions_agree(path):
+    """An old diffusers must be refused at the start, by the same bound everywhere."""
+    checked = re.search(r'(?m)^check_min_version\("([\d.]+)"\)$', path.read_text("utf-8"))[1]
+    assert f'"diffusers>={checked}"' in header(path)
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert set(re.findall(r'"([^"]+[>=]=[^"]+)"', header(path).split("dependencies")[1])) <= set(requirements)
+    assert "torchvision" not in " ".join(requirements)

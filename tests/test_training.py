@@ -1,0 +1,277 @@
+"""Whole runs of train_dopsd_lora.py: resume, precision, optimisers, validation, several processes."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LORA, ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_dopsd_lora as script
+
+from pipeline_dopsd import DOPSDZImagePipeline
+
+
+def tensors_of(folder):
+    """Student, teacher and optimiser state of a checkpoint as one flat dict."""
+    tensors = {
+        f"{n}.{k}": v for n in ("student", "teacher") for k, v in load_file(folder / f"{n}.safetensors").items()
+    }
+
+    def collect(state, prefix):
+        for key, value in state.items():
+            if isinstance(value, dict):  # bitsandbytes nests its states
+                collect(value, f"{prefix}.{key}")
+            elif torch.is_tensor(value):
+                tensors[f"{prefix}.{key}"] = value
+
+    collect(torch.load(folder / "optimizer.bin", weights_only=True)["state"], "optimizer")
+    return tensors
+
+
+def assert_equal(ours, theirs):
+    """The tensors of two checkpoints, or of two LoRA files, are equal bit for bit."""
+    ours, theirs = ((tensors_of if path.is_dir() else load_file)(path) for path in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize(
+    ("switches", "changes"),
+    [
+        ([], {}),
+        (
+            [],
+            {"gradient_accumulation_steps": 2, "train_batch_size": 2, "lr_scheduler": "cosine", "validation_steps": 4},
+        ),
+        (["--use_8bit_adam", "--gradient_checkpointing"], {"rank": 64, "mixed_precision": "bf16"}),
+    ],
+    ids=["plain", "accumulated", "8bit"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, switches, changes):
+    """A resume that is not exact is a second training: other data, other noise, a teacher or an optimiser that jumps."""
+    whole = train(tmp_path / "whole", *switches, max_train_steps=6, checkpointing_steps=100, **changes)
+
+    part, log = tmp_path / "part", DOPSDZImagePipeline.velocity
+    calls, steps = [], 4  # interrupted in the fifth step, one after the checkpoint
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) > 2 * 2 * steps * changes.get("gradient_accumulation_steps", 1):
+            raise KeyboardInterrupt
+        return log(self, *args)
+
+    command = {"max_train_steps": 6, "checkpointing_steps": 3, "resume_from_checkpoint": "latest", **changes}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DOPSDZImagePipeline, "velocity", interrupted)
+        train(part, *switches, **command)
+    assert not (part / LORA).exists() and not (part / "checkpoint-6").exists()
+
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(DOPSDZImagePipeline, "velocity", lambda self, *args: calls.append(1) or log(self, *args))
+        train(part, *switches, **command)
+    assert len(calls) == 2 * 2 * 3 * changes.get("gradient_accumulation_steps", 1)  # steps 4 to 6 alone
+    assert_equal(part / "checkpoint-6", whole / "checkpoint-6")
+    assert_equal(part / LORA, whole / LORA)
+    first, last = tensors_of(part / "checkpoint-3"), tensors_of(part / "checkpoint-6")
+    assert all(
+        not torch.equal(first[n], last[n]) for n in first if n.startswith(("student", "teacher")) and "lora_B" in n
+    )
+
+
+def test_resume_can_go_on_for_longer(train, tmp_path):
+    """More steps after a look at the result: the checkpoint of the last step is where they start."""
+    whole = train(tmp_path / "whole", max_train_steps=4)
+    part = train(tmp_path / "part", max_train_steps=2)
+    train(part, max_train_steps=4, resume_from_checkpoint=str(part / "checkpoint-2"))
+    assert_equal(part / "checkpoint-4", whole / "checkpoint-4")
+
+
+def test_latest_without_checkpoint_starts_anew(train, tmp_path):
+    """The same command starts and resumes a run."""
+    train(tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    assert (tmp_path / LORA).is_file()
+
+
+def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
+    """--checkpoints_total_limit keeps the disk from filling up, and never deletes the newest."""
+    train(tmp_path, max_train_steps=11, rollout_steps=1, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert {p.name for p in tmp_path.glob("*checkpoint*")} == {"checkpoint-10", "checkpoint-11"}
+
+
+def test_bf16_base_trains_an_fp32_lora(train, tmp_path):
+    """In bf16 neither the small steps of the LoRA nor an EMA at 0.9999 arrive; a validation must not cast them either."""
+    train(
+        tmp_path, mixed_precision="bf16", validation_steps=1, ema_decay=0.9999, learning_rate=1e-3, max_train_steps=3
+    )
+    for name in ("student", "teacher"):
+        weights = load_file(tmp_path / "checkpoint-3" / f"{name}.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.float32}
+    student, teacher = (load_file(tmp_path / "checkpoint-3" / f"{n}.safetensors") for n in ("student", "teacher"))
+    name = next(n for n in student if "lora_B" in n)
+    assert 0 < teacher[name].abs().max() < 1e-3 * student[name].abs().max()
+    assert {w.dtype for w in load_file(tmp_path / LORA).values()} == {torch.float32}
+
+
+def test_8bit_adam_has_8bit_states(train, tmp_path):
+    """--use_8bit_adam that falls back to 32 bits would take the memory that it promises to save."""
+    train(tmp_path, "--use_8bit_adam", rank=64, max_train_steps=1)
+    tensors = tensors_of(tmp_path / "checkpoint-1")
+    states = {n: t for n, t in tensors.items() if n.endswith((".state1", ".state2"))}
+    assert len(states) == 2 * 2 * 28
+    assert {t.dtype for t in states.values() if t.numel() >= 4096} == {torch.uint8}
+
+
+def test_learning_rate_warms_up(train, tmp_path, monkeypatch):
+    """The schedule counts optimisation steps, not micro-steps."""
+    rates = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, **kwargs: rates.append(values["lr"]))
+    schedule = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "gradient_accumulation_steps": 2}
+    train(tmp_path, **schedule, max_train_steps=4, rollout_steps=1, learning_rate=1.0)
+    assert rates == [0.5, 1.0, 0.5, 0.0]
+
+
+def test_log_has_what_a_user_steers_by(train, tmp_path, monkeypatch):
+    """Loss per state, gradient norm, learning rate, time and memory, for every step."""
+    logs = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append((step, values)))
+    train(tmp_path, rollout_steps=3)
+    assert [step for step, _ in logs] == [1, 2]
+    expected = {
+        "loss",
+        "loss/state_1",
+        "loss/state_2",
+        "loss/state_3",
+        "grad_norm",
+        "lr",
+        "seconds_per_step",
+        "peak_memory_gib",
+    }
+    for _, values in logs:
+        assert values.keys() >= expected and all(isinstance(v, float) and v > 0 for v in values.values())
+        assert values["loss"] == pytest.approx(sum(values[f"loss/state_{k}"] for k in (1, 2, 3)) / 3)
+
+
+def test_validation_pictures(train, tmp_path):
+    """student | teacher | training image, at step 0, every --validation_steps and at the end."""
+    prompts = ["a red square", "a prompt that is no caption"]
+    train(
+        tmp_path,
+        "--validation_prompt",
+        *prompts,
+        validation_steps=2,
+        max_train_steps=3,
+        ema_decay=1.0,
+        learning_rate=0.05,
+    )
+    pictures = {p.name: Image.open(p) for p in (tmp_path / "validation").iterdir()}
+    assert sorted(pictures) == ["step-000000.png", "step-000002.png", "step-000003.png"]
+    assert {p.size for p in pictures.values()} == {(3 * 32, 2 * 32)}
+    student, teacher, target = (
+        [p.crop((x, 0, x + 32, 64)).tobytes() for _, p in sorted(pictures.items())] for x in (0, 32, 64)
+    )
+    assert len(set(student)) == 3 and len(set(teacher)) == len(set(target)) == 1  # decay 1.0: the frozen base
+    assert student[0] != teacher[0]
+
+
+def test_unused_vae_does_not_change_the_training(train, tmp_path):
+    """The size of the latents follows from the VAE, also where no validation needs its weights."""
+    with_vae = train(tmp_path / "with", validation_steps=100, num_validation_images=1)
+    without = train(tmp_path / "without", validation_steps=0)
+    assert_equal(with_vae / "checkpoint-2", without / "checkpoint-2")
+
+
+def test_two_processes_equal_one_with_twice_the_batch(flags, train, tmp_path, subprocess_env):
+    """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
+    changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+    one = train(tmp_path / "one", train_batch_size=2, **changes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+    command = [sys.executable, *launcher, str(ROOT / "train_dopsd_lora.py"), *flags(tmp_path / "two", **changes)]
+    result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ours, theirs = load_file(one / LORA), load_file(tmp_path / "two" / LORA)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+    assert max(w.abs().max() for n, w in ours.items() if "lora_B" in n) > 1e-4
+
+
+def test_checkpoint_is_complete_before_it_has_its_name(train, tmp_path, monkeypatch):
+    """A run killed while it saves must leave a folder that --resume_from_checkpoint latest does not take."""
+    train(tmp_path, max_train_steps=2)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("json.dumps", killed)
+        patch.setattr(script, "settings_of", killed)
+        train(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    train(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["step"] == 3
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train, tmp_path, monkeypatch):
+    """A run that goes on with NaN overwrites what was good."""
+    train(tmp_path, max_train_steps=1)
+    saved = (tmp_path / LORA).read_bytes()
+    calls, velocity = [], DOPSDZImagePipeline.velocity
+
+    def broken(self, *args):
+        calls.append(1)
+        return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 * 2 else 1.0)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        train(
+            tmp_path,
+            max_train_steps=9,
+            checkpointing_steps=1,
+            checkpoints_total_limit=1,
+            resume_from_checkpoint="latest",
+        )
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert all(torch.isfinite(t.float()).all() for t in tensors_of(tmp_path / "checkpoint-3").values())
+    assert (tmp_path / LORA).read_bytes() == saved
+
+
+def test_non_finite_gradient_does_not_reach_a_checkpoint(train, tmp_path, monkeypatch):
+    """The loss can be finite where its gradient is not; one such step turns all weights into NaN."""
+    calls, velocity = [], DOPSDZImagePipeline.velocity
+
+    def broken(self, *args):
+        calls.append(1)
+        out = velocity(self, *args)
+        return out + torch.sqrt(out * 0) if len(calls) > 2 * 2 * 2 else out  # 0 with an infinite derivative
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        train(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
+    (newest,) = tmp_path.glob("checkpoint-*")
+    assert all(torch.isfinite(t.float()).all() for t in tensors_of(newest).values())
+
+
+def test_seed_makes_a_run_repeatable(train, tmp_path):
+    """The same command gives the same LoRA, and --seed another one."""
+    first, second = train(tmp_path / "1"), train(tmp_path / "2")
+    assert_equal(first / LORA, second / LORA)
+    other = load_file(train(tmp_path / "3", seed=1) / LORA)
+    assert not any(torch.equal(w, other[n]) for n, w in load_file(first / LORA).items())
