@@ -44,14 +44,16 @@ from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder  # noqa: E402
 
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
 ]  # fmt: skip
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string -%}{{ message.content }}
 {%- else -%}{%- for part in message.content -%}
-{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {{ '<|im_end|>\\n' }}
 {%- endfor -%}
@@ -121,8 +123,9 @@ def save_vlm(folder, tokenizer, hidden_size=HIDDEN):
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "out_hidden_size": hidden_size, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": hidden_size,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     config = Qwen3VLConfig(
         text_config={**text_config(tokenizer, hidden_size), "rope_parameters": rope}, vision_config=vision,
@@ -241,7 +244,7 @@ def encoder(vlm, pipeline):
 
 @pytest.fixture
 def student(pipeline, flags, tmp_path):
-    """Transformer with a LoRA whose student and teacher weights differ, and a batch; `backward()` is one micro-step."""
+    """A LoRA whose student and teacher weights differ; `backward(batch)` is one micro-step: losses and gradient."""
     pipeline.transformer.requires_grad_(False)
     targets = pipeline.lora_targets(pipeline.transformer)
     pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))

@@ -117,7 +117,7 @@ def test_context_longer_than_the_position_table(refused, folder):
 
 
 def test_image_too_large_for_the_position_table(refused, tokenizer, tmp_path):
-    """With a short table, the tokens of the image alone are too many; lower --teacher_max_pixels cures it, as it says."""
+    """With a short table, the image alone is too long; a lower --teacher_max_pixels cures it, as the error says."""
     save_base(tmp_path / "short", tokenizer, axes_lens=(130, 64, 64))
     changes = {"pretrained_model_name_or_path": tmp_path / "short", "resolution": 128}
     refused("position table holds 128", "--teacher_max_pixels", **changes)
@@ -141,7 +141,7 @@ def test_unknown_family(refused, base, tmp_path):
     refused("StableDiffusionPipeline", "ZImagePipeline", pretrained_model_name_or_path=tmp_path / "base")
 
 
-# ------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------------------------ resuming
 @pytest.fixture(scope="module")
 def run(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), max_train_steps=2, checkpointing_steps=1)

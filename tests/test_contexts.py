@@ -32,7 +32,7 @@ def test_contexts_carry_no_graph(vlm, pipeline):
 
 
 def test_prompts_of_the_caller_are_left_alone(pipeline):
-    """The stock encode_prompt writes the chat template into the list: used again, a prompt would go through it twice."""
+    """The stock encode_prompt writes the chat template into the list: used again, a prompt would get it twice."""
     prompts = list(PROMPTS)
     pipeline.encode_student(prompts)
     assert prompts == PROMPTS

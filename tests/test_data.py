@@ -134,8 +134,8 @@ def grey16(value):
         (grey16(0), "png", (0, 0, 0), 0),
         (grey16(32768), "tif", (128, 128, 128), 1),
     ],
-    ids=["half-transparent", "transparent", "grey-alpha", "palette-alpha", "grey", "bilevel", "palette", "cmyk", "cmyk-black",
-         "16-bit", "16-bit-white", "16-bit-dark", "16-bit-black", "16-bit-tiff"],
+    ids=["half-transparent", "transparent", "grey-alpha", "palette-alpha", "grey", "bilevel", "palette", "cmyk",
+         "cmyk-black", "16-bit", "16-bit-white", "16-bit-dark", "16-bit-black", "16-bit-tiff"],
 )  # fmt: skip
 def test_modes_decode_to_the_right_colour(tmp_path, image, suffix, expected, tolerance):
     """A plain convert("RGB") makes transparent parts black and clips 16-bit grey to white."""
@@ -151,7 +151,7 @@ def test_formats_of_a_photo_folder_are_found(read, tmp_path):
     assert len(read(instance_data_dir=tmp_path, instance_prompt="x")) == 4
 
 
-# ---------------------------------------------------------------------------------------------------- buckets and cache
+# --------------------------------------------------------------------------------------------------- buckets and cache
 @pytest.fixture
 def encoded(monkeypatch):
     """(caption, size of the image) of every pair that the teacher encodes."""

@@ -27,8 +27,8 @@ PROMPT = "a red square"  # the first caption of the first image: the first row o
 def trained(train, tmp_path_factory):
     """Output folder of a run that changed the model visibly; alpha is not the rank."""
     changes = {
-        "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05, "ema_decay": 1.0,
-        "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard", "hub_token": SECRET,
+        "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
+        "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard", "hub_token": SECRET,
         "checkpointing_steps": 6,
     }  # fmt: skip
     return train(tmp_path_factory.mktemp("trained"), **changes)
@@ -107,7 +107,7 @@ np.savez(out, a=sample(a, **few), b=sample(b), c=sample(c, guidance_scale=0.0, *
 
 
 def test_pictures_of_the_training_in_a_new_process(trained, expected, base, tmp_path, subprocess_env):
-    """What a user does on another day: nothing of the training process is left, and no file of this project is at hand."""
+    """What a user does on another day: the training process and the files of this project are gone."""
     command = [
         sys.executable,
         "-c",
@@ -153,8 +153,8 @@ def test_lora_layers_are_found_by_the_end_of_their_name(pipeline):
     """--lora_layers takes what people write, never half a name, and no name that matches nothing."""
     found = DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["to_q", "layers.1.feed_forward.w1"])
     assert sorted(found) == [
-        "context_refiner.0.attention.to_q", "layers.0.attention.to_q", "layers.1.attention.to_q", "layers.1.feed_forward.w1",
-        "noise_refiner.0.attention.to_q",
+        "context_refiner.0.attention.to_q", "layers.0.attention.to_q", "layers.1.attention.to_q",
+        "layers.1.feed_forward.w1", "noise_refiner.0.attention.to_q",
     ]  # fmt: skip
     for name in ("o_q", "attention", "to_query"):
         with pytest.raises(ValueError, match=name):
@@ -230,7 +230,7 @@ open(os.environ["NETWORK_LOG"], "a").close()
 
 
 def test_two_files_alone_run_without_network(flags, tmp_path, subprocess_env):
-    """`accelerate launch` of the script in a folder with nothing else, on a machine that is offline and does not say so."""
+    """`accelerate launch` of the script in an empty folder, on a machine that is offline and does not say so."""
     folder, patch = tmp_path / "alone", tmp_path / "patch"
     folder.mkdir()
     patch.mkdir()

@@ -64,7 +64,7 @@ def test_scripts_import_packages_and_the_pipeline_alone(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_header_declares_what_is_imported(path):
-    """`uv run` of the script installs what its header names; a package that is missing there ends in an ImportError."""
+    """`uv run` of the script installs what its header names; a package missing there ends in an ImportError."""
     assert 'requires-python = ">=3.10"' in header(path)
     installed = importlib.metadata.packages_distributions()
     needed = imports(path, top_level=True) | imports(ROOT / "pipeline_dopsd.py", top_level=True)

@@ -53,7 +53,7 @@ def assert_equal(ours, theirs):
     ids=["plain", "accumulated", "8bit"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, switches, changes):
-    """A resume that is not exact is a second training: other data, other noise, a teacher or an optimiser that jumps."""
+    """A resume that is not exact is a second training: other data and noise, a teacher or optimiser that jumps."""
     whole = train(tmp_path / "whole", *switches, max_train_steps=6, checkpointing_steps=100, **changes)
 
     part, log = tmp_path / "part", DOPSDZImagePipeline.velocity
@@ -105,7 +105,7 @@ def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
 
 
 def test_bf16_base_trains_an_fp32_lora(train, tmp_path):
-    """In bf16 neither the small steps of the LoRA nor an EMA at 0.9999 arrive; a validation must not cast them either."""
+    """In bf16 neither small steps nor an EMA at 0.9999 arrive; a validation must not cast the weights either."""
     train(
         tmp_path, mixed_precision="bf16", validation_steps=1, ema_decay=0.9999, learning_rate=1e-3, max_train_steps=3
     )
