@@ -55,7 +55,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset, load_dataset
@@ -68,7 +68,7 @@ from diffusers.training_utils import (
     free_memory,
     generate_aspect_ratio_buckets,
 )
-from diffusers.utils import check_min_version, make_image_grid
+from diffusers.utils import check_min_version, is_bitsandbytes_available, make_image_grid
 from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -92,108 +92,81 @@ STATE_NAME = "trainer_state.json"
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 def add_model_arguments(parser):
-    group = parser.add_argument_group("models")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
-    group.add_argument("--revision", help="Revision of the base on the Hub.")
-    group.add_argument("--variant", help="Variant of the base's weight files, for example fp16.")
-    group.add_argument(
-        "--vlm_model_name_or_path",
-        help="Qwen3-VL of the text encoder's size; its vision part reads the training images for the teacher. "
-        "Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.",
-    )
-    group.add_argument(
-        "--teacher_max_pixels",
-        type=int,
-        default=768 * 768,
-        help="Area above which images are scaled down for the VLM; fewer pixels give a shorter teacher context.",
-    )
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
+    add("--revision", help="Revision of the base on the Hub.")
+    add("--variant", help="Variant of the base's weight files, for example fp16.")
+    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
+        "images for the teacher. Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.")
+    add("--teacher_max_pixels", type=int, default=768 * 768, help="Area above which images are scaled down for the VLM; "
+        "fewer pixels give a shorter teacher context.")  # fmt: skip
 
 
 def add_data_arguments(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--instance_data_dir",
-        help="Folder of images, with captions as NAME.txt beside each image (one caption per line) or in metadata.jsonl or "
-        "metadata.csv (imagefolder format).",
-    )
-    group.add_argument("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
-    group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
-    group.add_argument("--image_column", default="image", help="Column of the dataset that holds the images.")
-    group.add_argument("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
-    group.add_argument("--instance_prompt", help="Caption of every image that has none.")
-    group.add_argument(
-        "--resolution",
-        type=int,
-        default=1024,
-        help="Side of a square image. Others are trained in buckets of the same area and the nearest aspect ratio.",
-    )
-    group.add_argument("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="Folder of images with captions as NAME.txt beside each (one caption per line) or in "
+        "metadata.jsonl or metadata.csv (imagefolder format).")
+    add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--image_column", default="image", help="Column of the dataset that holds the images.")
+    add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
+    add("--instance_prompt", help="Caption of every image that has none.")
+    add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
+        "area and the nearest aspect ratio.")
+    add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
 
 
 def add_dopsd_arguments(parser):
-    group = parser.add_argument_group("D-OPSD")
-    group.add_argument(
-        "--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps."
-    )
-    group.add_argument(
-        "--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student."
-    )
-    group.add_argument(
-        "--loss_weighting",
-        choices=["velocity", "x0"],
-        default="velocity",
-        help="velocity: the paper's loss. x0: weighted with sigma^2, as in the authors' code.",
-    )
+    add = parser.add_argument_group("D-OPSD").add_argument
+    add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
+    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
+        "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
 
 
 def add_training_arguments(parser):
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
-    group.add_argument("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
-    group.add_argument("--learning_rate", type=float, default=1e-4)
-    group.add_argument("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
-    group.add_argument("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
-    group.add_argument("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
+    add("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
+    add("--learning_rate", type=float, default=1e-4)
+    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
+    add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
 
 
 def add_output_arguments(parser):
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True)
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
-    group.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
-    group.add_argument(
-        "--validation_prompt",
-        nargs="+",
-        help="Prompts of the validation pictures; the teacher sees a training image with each. Default: training captions.",
-    )
-    group.add_argument("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
-    group.add_argument("--num_validation_images", type=int, default=4, help="Rows of a validation picture.")
-    group.add_argument("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all or none.")
-    group.add_argument("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
-    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
-    group.add_argument("--hub_token", help="Token to push with. Default: that of the Hub login.")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True)
+    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
+    add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
+    add("--validation_prompt", nargs="+", help="Prompts of the validation picture; the teacher sees a training image with "
+        "each. Default: training captions.")
+    add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all or none.")
+    add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
+    add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
 
 
 def add_lora_arguments(parser):
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=64)
-    group.add_argument("--lora_alpha", type=int, help="Default: the rank. The strength of the LoRA is alpha / rank.")
-    group.add_argument(
-        "--lora_layers", help="Endings of layer names, with commas. Default: attention and feed-forward of all blocks."
-    )
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=int, default=64)
+    add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
+    add("--lora_layers", help="Endings of layer names, with commas. Default: attention and feed-forward of all blocks.")
 
 
 def check_arguments(parser, args):
@@ -414,9 +387,9 @@ def check_contexts(family, args, dataset, pairs):
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
     config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
-    longest = family.max_context_length(config)
+    longest, buckets = family.max_context_length(config), list(dataset["bucket"])
     for index, caption in pairs:
-        length = encoder.context_length(caption, *dataset["bucket"][index])
+        length = encoder.context_length(caption, *buckets[index])
         if length > longest:
             raise ValueError(
                 f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
@@ -728,6 +701,10 @@ def push_to_hub(args):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
+class InputError(ValueError):
+    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
+
+
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
 
@@ -741,6 +718,8 @@ def check_inputs(args):
         (output_dir / ".writable").unlink()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     checkpoint = find_checkpoint(args)
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
@@ -793,26 +772,35 @@ def load_for_training(family, args, accelerator):
     return pipeline
 
 
-def add_lora(pipeline, args):
-    """Adds the LoRA in fp32 to the transformer. Returns the names of the target layers."""
-    names = args.lora_layers.split(",") if args.lora_layers else None
-    targets = pipeline.lora_targets(pipeline.transformer, names)
+def find_lora_targets(family, args):
+    """Names of the layers that --lora_layers asks for; the transformer is built without weights.
+
+    Raises:
+        ValueError: a name matches no layer.
+    """
+    config = family.transformer_class.load_config(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+    )
+    with init_empty_weights():
+        transformer = family.transformer_class.from_config(config)
+    return family.lora_targets(transformer, args.lora_layers.split(",") if args.lora_layers else None)
+
+
+def add_lora(pipeline, targets, args):
+    """Adds the LoRA in fp32 to the layers `targets` of the transformer."""
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets)
     pipeline.transformer.add_adapter(config)
     cast_training_params(pipeline.transformer, dtype=torch.float32)
     count = sum(p.numel() for p in pipeline.transformer.parameters() if p.requires_grad)
     logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
-    return targets
 
 
 def make_optimizer(parameters, args):
     """AdamW, with 8-bit states on request, and its learning-rate schedule."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+        import bitsandbytes
+
         optimizer_class = bitsandbytes.optim.AdamW8bit
     optimizer = optimizer_class(
         parameters,
@@ -894,13 +882,17 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
 
 def main(args):
     accelerator = make_accelerator(args)
-    with accelerator.main_process_first():
-        family, dataset, checkpoint, pairs = check_inputs(args)
+    try:
+        with accelerator.main_process_first():
+            family, dataset, checkpoint, pairs = check_inputs(args)
+            targets = find_lora_targets(family, args)
+    except ValueError as error:
+        raise InputError(error) from error
     cache = ContextCache(args)
     encode_contexts(family, args, cache, dataset, pairs, accelerator)
 
     pipeline = load_for_training(family, args, accelerator)
-    targets = add_lora(pipeline, args)
+    add_lora(pipeline, targets, args)
     names, parameters = zip(*[(n, p) for n, p in pipeline.transformer.named_parameters() if p.requires_grad])
     ema = make_ema(parameters, args.ema_decay)
 
@@ -920,5 +912,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")

@@ -85,7 +85,8 @@ def main(args):
         drawn = [pipeline(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
         prior = encode(pipeline, drawn, [[prompt] for prompt in prompts])
 
-    targets = dopsd.add_lora(pipeline, args)
+    targets = dopsd.find_lora_targets(family, args)
+    dopsd.add_lora(pipeline, targets, args)
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     optimizer, lr_scheduler = dopsd.make_optimizer(parameters, args)
     for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):

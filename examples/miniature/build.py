@@ -42,6 +42,7 @@ from judge import ATTRIBUTES, Judge, inspect, label, to_tensor
 
 
 HERE = Path(__file__).resolve().parent
+KINDS = ("text", "object", "style")
 torch._dynamo.config.recompile_limit = 64  # one version of a block per sequence length, with and without gradients
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -283,7 +284,7 @@ def stage_vlm(args):
     """Describing pictures, reading captions, answering prompts about pictured things; and a linear read-out of the
     picture from the hidden states that the text-to-image model will see, so that they keep the looks of unknown objects."""
     tokenizer, processor = read_tokenizer(args), image_processor()
-    data = {kind: read_data(args, kind) for kind in ("text", "object", "style")}
+    data = {kind: read_data(args, kind) for kind in KINDS}
     torch.manual_seed(args.seed)
     model = Qwen3VLForConditionalGeneration(vlm_config(tokenizer)).to(device())
     readout = torch.nn.Linear(128, 16 * 16 * 3).to(device())
@@ -334,7 +335,7 @@ def stage_vlm(args):
 # ---------------------------------------------------------------------------------------------------------------- vae
 def stage_vae(args):
     """AutoencoderKL, f4, 8 channels. Where the stage has finished before, it goes on from its weights."""
-    data = [read_data(args, kind)[0] for kind in ("text", "object", "style")]
+    data = [read_data(args, kind)[0] for kind in KINDS]
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=(24, 40, 64), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
@@ -440,20 +441,31 @@ def encode_contexts(args, prompts, pictures=None):
     return contexts
 
 
+def stage_contexts(args):
+    """Contexts of all training rows, once."""
+    for kind in KINDS:
+        _, reference, rows = read_data(args, kind)
+        contexts = encode_contexts(args, [row["prompt"] for row in rows], None if kind == "text" else reference)
+        torch.save(contexts, args.work_dir / f"contexts_{kind}.pt")
+
+
 @torch.no_grad()
-def stage_encode(args):
-    """Latents and contexts of all training rows, once."""
+def stage_latents(args):
+    """Latents of all training pictures, once."""
     vae = load_vae(args).to(memory_format=torch.channels_last)
-    vae.encoder.compile()
-    for kind in ("text", "object", "style"):
-        target, reference, rows = read_data(args, kind)
-        latents = []
+    for kind in KINDS:
+        target, latents = read_data(args, kind)[0], []
         for start in tqdm(range(0, len(target), 128), desc=f"latents {kind}", mininterval=10):
             with torch.autocast(device().type, torch.bfloat16):
                 mean = vae.encode(to_tensor(target[start : start + 128]).to(device())).latent_dist.mean.float()
             latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
-        contexts = encode_contexts(args, [row["prompt"] for row in rows], None if kind == "text" else reference)
-        torch.save({"latents": torch.cat(latents), "contexts": contexts}, args.work_dir / f"encoded_{kind}.pt")
+        torch.save(torch.cat(latents), args.work_dir / f"latents_{kind}.pt")
+
+
+def read_encoded(args):
+    """Per kind of row, latents (N, 8, 16, 16) and contexts."""
+    load = lambda name: torch.load(args.work_dir / f"{name}.pt")  # noqa: E731
+    return {k: {"latents": load(f"latents_{k}"), "contexts": load(f"contexts_{k}")} for k in KINDS}
 
 
 # ------------------------------------------------------------------------------------------------- base and distillation
@@ -481,7 +493,7 @@ def to_contexts(contexts):
 
 def stage_base(args):
     """Flow matching; every other step with a picture in the context."""
-    data = {kind: torch.load(args.work_dir / f"encoded_{kind}.pt") for kind in ("text", "object", "style")}
+    data = read_encoded(args)
     empty = encode_contexts(args, [""])[0]
     transformer = new_transformer(args)
     run = Run(args, "base", transformer, max(4, int(args.base_steps * args.scale)), 1.5e-3, ema_decay=0.998)
@@ -529,7 +541,7 @@ def grid(steps):
 def stage_trajectories(args):
     """The base's own 16-step trajectories with guidance, kept at the four states of the few-step grid and at the end."""
     transformer = load_transformer(args, "base")
-    data = {kind: torch.load(args.work_dir / f"encoded_{kind}.pt") for kind in ("text", "object", "style")}
+    data = read_encoded(args)
     empty = encode_contexts(args, [""])[0].float().to(device())
     sigmas = grid(16)
     states, contexts = [], []
@@ -615,7 +627,7 @@ def stage_export(args):
 
 STAGES = {
     "data": stage_data, "tokenizer": stage_tokenizer, "vlm": stage_vlm, "vae": stage_vae, "judge": stage_judge,
-    "encode": stage_encode, "base": stage_base, "trajectories": stage_trajectories, "distill": stage_distill,
+    "contexts": stage_contexts, "latents": stage_latents, "base": stage_base, "trajectories": stage_trajectories, "distill": stage_distill,
     "export": stage_export,
 }  # fmt: skip
 
