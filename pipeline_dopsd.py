@@ -128,7 +128,8 @@ class MultimodalEncoder:
 
     def context_length(self, prompt: str, height: int, width: int) -> int:
         """Tokens of the context of `prompt` and an image of `height` x `width` pixels; needs no weights."""
-        patches = self.image_processor.get_number_of_image_patches(height, width, {"size": self.size})
+        limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
+        patches = self.image_processor.get_number_of_image_patches(height, width, limits)
         return len(self.tokenizer(self.chat(prompt, patches // self.image_processor.merge_size**2)).input_ids)
 
     @torch.no_grad()
@@ -220,6 +221,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         """
         return (transformer_config["axes_lens"][0] - 2) // 32 * 32
 
+    @torch.no_grad()
     def encode_student(self, prompts: list[str]) -> list[torch.Tensor]:
         """Student context c_s: the stock text features, one (tokens, dim) per prompt."""
         return self.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
@@ -311,7 +313,7 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
     Raises:
         ValueError: the base is of no known family.
     """
-    name = DiffusionPipeline.load_config(model_name_or_path, revision=revision)["_class_name"]
+    name = DiffusionPipeline.load_config(model_name_or_path, revision=revision).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{model_name_or_path} is a {name}; known families are: {', '.join(FAMILIES)}.")
     return FAMILIES[name]

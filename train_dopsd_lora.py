@@ -90,6 +90,10 @@ SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
 
 
+class InputError(ValueError):
+    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
+
+
 # ---------------------------------------------------------------------------------------------------------- arguments
 def add_model_arguments(parser):
     add = parser.add_argument_group("models").add_argument
@@ -274,9 +278,9 @@ def load_image(source):
     try:
         image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; a plain convert() would clip at 255
-            pixels = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).round().astype(np.uint8))
+        if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
+            pixels = np.asarray(image, dtype=np.float64) / 65535 * 255
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -565,15 +569,15 @@ def find_checkpoint(args):
         path = found[-1]
     else:
         path = Path(args.resume_from_checkpoint)
-    if not (path / STATE_NAME).is_file():
-        raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written (no {STATE_NAME} in it).")
-    for file in path.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
+    try:
+        saved = json.loads((path / STATE_NAME).read_text())["settings"]
+        for name in ("student", "teacher"):
+            with safe_open(path / f"{name}.safetensors", "pt") as tensors:
                 tensors.keys()
-        except Exception as error:
-            raise ValueError(f"--resume_from_checkpoint: {file} is damaged ({error}).") from error
-    saved = json.loads((path / STATE_NAME).read_text())["settings"]
+        for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+            torch.load(path / name, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written ({error}).") from error
     for name in ("rank", "lora_alpha", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam"):
         if name in saved and saved[name] != getattr(args, name):
             raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {saved[name]}.")
@@ -701,10 +705,6 @@ def push_to_hub(args):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-class InputError(ValueError):
-    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
-
-
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
 
@@ -754,14 +754,16 @@ def make_accelerator(args):
 
 def load_for_training(family, args, accelerator):
     """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
-    absent = {"text_encoder": None, "tokenizer": None} | ({} if args.validation_steps else {"vae": None})
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
+        text_encoder=None,
+        tokenizer=None,
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
-        **absent,
     )
+    if not args.validation_steps:
+        pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
@@ -855,12 +857,13 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += rollout_and_backward(pipeline, transformer, parameters, ema, batch, args, accelerator, synchronize)
         losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean").tolist()
-        if not all(math.isfinite(value) for value in losses):
-            raise ValueError(
-                f"The loss is not finite at step {step} ({losses}); the run stops, checkpoints are kept. "
-                "Lower --learning_rate or use --mixed_precision bf16."
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+        # with fp16 the gradient scaler skips a step whose gradient is not finite
+        if not all(map(math.isfinite, losses)) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
+            raise InputError(
+                f"Loss {losses} or gradient norm {grad_norm} is not finite at step {step}; the run stops, checkpoints are "
+                "kept. Lower --learning_rate or use --mixed_precision bf16."
             )
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -868,7 +871,7 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
 
         done = step + 1
         logs = {"loss": sum(losses) / len(losses), **{f"loss/state_{k + 1}": value for k, value in enumerate(losses)}}
-        logs |= {"grad_norm": float(grad_norm), "lr": lr_scheduler.get_last_lr()[0]}
+        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
         logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
         bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
         accelerator.log(logs, step=done)
@@ -886,7 +889,7 @@ def main(args):
         with accelerator.main_process_first():
             family, dataset, checkpoint, pairs = check_inputs(args)
             targets = find_lora_targets(family, args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(error) from error
     cache = ContextCache(args)
     encode_contexts(family, args, cache, dataset, pairs, accelerator)

@@ -28,8 +28,8 @@ def trained(train, tmp_path_factory):
     """Output folder of a run that changed the model visibly; alpha is not the rank."""
     changes = {
         "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
-        "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard", "hub_token": SECRET,
-        "checkpointing_steps": 6,
+        "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard",
+        "hub_token": SECRET, "checkpointing_steps": 6,
     }  # fmt: skip
     return train(tmp_path_factory.mktemp("trained"), **changes)
 
