@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements.txt constraints.txt
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --max_train_steps $(STEPS) --validation_steps 50 \
+		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) --validation_steps 50 \
 		--output_dir $(DEMO)/dopsd
 	$(BIN)/python examples/train_sft_lora.py $(COMMON) --max_train_steps $(SFT_STEPS) --report_to none \
 		--output_dir $(DEMO)/sft

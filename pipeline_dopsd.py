@@ -185,6 +185,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     ]  # fmt: skip
     default_vlm = "Qwen/Qwen3-VL-4B-Instruct"
+    default_num_inference_steps = 8
     transformer_class = ZImageTransformer2DModel
     vae_class = AutoencoderKL
 

@@ -123,6 +123,8 @@ def add_data_arguments(parser):
 def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
+        "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
     add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
@@ -525,14 +527,9 @@ def log_validation(pipeline, parameters, ema, dataset, cache, args, accelerator,
     def sample(context, row, index):
         noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + index))
         height, width = row["bucket"]
+        inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
         with accelerator.autocast():
-            return pipeline(
-                prompt_embeds=[context.to(accelerator.device)],
-                latents=noise,
-                height=height,
-                width=width,
-                num_inference_steps=args.rollout_steps,
-            ).images[0]
+            return pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0]
 
     pictures = []
     for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
@@ -554,6 +551,11 @@ def log_validation(pipeline, parameters, ema, dataset, cache, args, accelerator,
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
+def list_checkpoints(output_dir):
+    """Complete checkpoint folders, oldest first."""
+    return sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
 def find_checkpoint(args):
     """The checkpoint folder to resume from, or None.
 
@@ -562,13 +564,12 @@ def find_checkpoint(args):
     """
     if not args.resume_from_checkpoint:
         return None
+    path = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
-        found = sorted(Path(args.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+        found = list_checkpoints(args.output_dir)
         if not found:
             return None
         path = found[-1]
-    else:
-        path = Path(args.resume_from_checkpoint)
     try:
         saved = json.loads((path / STATE_NAME).read_text())["settings"]
         for name in ("student", "teacher"):
@@ -586,21 +587,22 @@ def find_checkpoint(args):
 
 def register_checkpoint_hooks(accelerator, names, parameters, ema):
     """Makes accelerate save and load exactly the trained parameters and their EMA, as safetensors."""
+    networks = {"student": parameters, "teacher": ema.shadow_params}
 
     def save(models, weights, output_dir):
         weights.clear()
         if accelerator.is_main_process:
-            save_file({n: p.detach().contiguous() for n, p in zip(names, parameters)}, Path(output_dir) / "student.safetensors")
-            save_file({n: p.contiguous() for n, p in zip(names, ema.shadow_params)}, Path(output_dir) / "teacher.safetensors")
+            for network, tensors in networks.items():
+                tensors = {name: tensor.detach().contiguous() for name, tensor in zip(names, tensors, strict=True)}
+                save_file(tensors, Path(output_dir) / f"{network}.safetensors")
 
+    @torch.no_grad()
     def load(models, input_dir):
         models.clear()
-        student = load_file(Path(input_dir) / "student.safetensors")
-        teacher = load_file(Path(input_dir) / "teacher.safetensors")
-        with torch.no_grad():
-            for name, parameter, shadow in zip(names, parameters, ema.shadow_params, strict=True):
-                parameter.copy_(student[name])
-                shadow.copy_(teacher[name])
+        for network, tensors in networks.items():
+            saved = load_file(Path(input_dir) / f"{network}.safetensors")
+            for name, tensor in zip(names, tensors, strict=True):
+                tensor.copy_(saved[name])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -617,8 +619,7 @@ def save_checkpoint(accelerator, args, step):
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         if args.checkpoints_total_limit:
-            found = sorted(Path(args.output_dir).glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-            for old in found[: -args.checkpoints_total_limit]:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -654,7 +655,7 @@ def save_repository_files(pipeline, args):
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__}  # noqa: F401\n")
     base_dtype = "bfloat16" if weight_dtype_of(args) == torch.bfloat16 else "float32"
-    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.rollout_steps, base_dtype)
+    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
 
@@ -672,7 +673,7 @@ def save_model_card(args):
 # {name}
 
 LoRA for [{base}](https://huggingface.co/{base}), trained with D-OPSD (https://arxiv.org/abs/2605.05204) on the base's own
-{args.rollout_steps}-step rollouts. It is used as the base is: {args.rollout_steps} steps, no guidance.
+{args.rollout_steps}-step rollouts. It is used as the base is: {args.num_inference_steps} steps, no guidance.
 
 ```py
 import torch
@@ -680,7 +681,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)
 pipe.load_lora_weights("{name}")
-image = pipe({json.dumps(prompt or "your prompt")}, num_inference_steps={args.rollout_steps}, guidance_scale=0.0).images[0]
+image = pipe({json.dumps(prompt or "your prompt")}, num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
 ```
 
 Rank {args.rank}, {args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
@@ -723,6 +724,7 @@ def check_inputs(args):
     checkpoint = find_checkpoint(args)
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
+    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:

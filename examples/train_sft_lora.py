@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_dopsd_lora as dopsd  # noqa: E402
-
 from pipeline_dopsd import family_of  # noqa: E402
 
 

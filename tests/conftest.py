@@ -39,7 +39,6 @@ from transformers import (  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 import train_dopsd_lora as script  # noqa: E402
-
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder  # noqa: E402
 
 

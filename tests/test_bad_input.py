@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LORA, ROOT, save_base, save_images
 
+from conftest import LORA, ROOT, save_base, save_images
 from pipeline_dopsd import DOPSDZImagePipeline
 
 

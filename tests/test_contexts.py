@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import CAPTIONS, draw
 from diffusers import ZImagePipeline
 from transformers import AutoConfig, Qwen3VLModel
 
+from conftest import CAPTIONS, draw
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
 

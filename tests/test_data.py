@@ -7,16 +7,15 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import CAPTIONS, draw, save_images
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dopsd_lora as script
-from train_dopsd_lora import load_image, read_dataset
-
+from conftest import CAPTIONS, draw, save_images
 from pipeline_dopsd import DOPSDZImagePipeline
+from train_dopsd_lora import load_image, read_dataset
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, LORA, ROOT, SECRET
 from diffusers import DiffusionPipeline, ZImagePipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_dopsd_lora as script
-
+from conftest import HIDDEN, LORA, ROOT, SECRET
 from pipeline_dopsd import DOPSDZImagePipeline, family_of
 
 
@@ -27,7 +26,7 @@ PROMPT = "a red square"  # the first caption of the first image: the first row o
 def trained(train, tmp_path_factory):
     """Output folder of a run that changed the model visibly; alpha is not the rank."""
     changes = {
-        "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
+        "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "num_inference_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
         "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard",
         "hub_token": SECRET, "checkpointing_steps": 6,
     }  # fmt: skip

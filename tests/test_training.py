@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import LORA, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_dopsd_lora as script
-
+from conftest import LORA, ROOT
 from pipeline_dopsd import DOPSDZImagePipeline
 
 

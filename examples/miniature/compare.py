@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from concepts import CONCEPTS, training_pictures
-from evaluate import HERE, concept_accuracy, load_pipeline, spread, unrelated_accuracy
 from PIL import Image
 
 import world
+from concepts import CONCEPTS, training_pictures
+from evaluate import HERE, STEPS, concept_accuracy, load_pipeline, spread, unrelated_accuracy
 from judge import Judge
 
 
@@ -62,7 +62,7 @@ def run(job):
         flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
         flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
         if method in ("dopsd", "control"):
-            flags += ["--ema_decay", args.ema_decay]
+            flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
         if method == "dreambooth":
             flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
         module = train_dopsd_lora if method in ("dopsd", "control") else train_sft_lora

@@ -5,10 +5,10 @@
 
 import argparse
 
-from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
-from evaluate import HERE, captions, concept_accuracy, load_pipeline, sample, spread, unrelated_accuracy
 from PIL import Image, ImageDraw, ImageFont
 
+from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
+from evaluate import HERE, captions, concept_accuracy, load_pipeline, sample, spread, unrelated_accuracy
 from judge import Judge
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
 
 import world
+from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
 from judge import Judge, accuracy, frechet
 
 

@@ -1,0 +1,89 @@
+"""The committed miniature: what the demo, its README and its table rely on."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+
+from conftest import ROOT
+
+
+MINIATURE = ROOT / "examples" / "miniature"
+sys.path.insert(0, str(MINIATURE))
+
+import world  # noqa: E402
+from concepts import CONCEPTS, held_out_scenes, training_pictures, training_scenes, unrelated_scenes  # noqa: E402
+from evaluate import UNRELATED, captions, load_pipeline, sample, teacher_contexts  # noqa: E402
+from judge import Judge, accuracy  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.from_pretrained(MINIATURE / "judge")
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    pipeline = load_pipeline()
+    pipeline.load_multimodal_encoder(str(MINIATURE / "vlm"))
+    return pipeline
+
+
+def test_scenes_are_reproducible_and_leave_things_open():
+    """Pictures would differ from the committed ones, or few-step sampling would be trivial."""
+    scene = training_scenes(CONCEPTS["arrow"])[0]
+    assert (world.render(scene, 1) == world.render(scene, 1)).all()
+    assert (world.render(scene, 1) != world.render(scene, 2)).mean() > 0.5
+
+
+def test_new_shapes_pattern_and_style_are_never_sampled():
+    """A concept that the base has seen in training would make the comparison worthless."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, new=i % 2 == 0) for i in range(2000)]
+    assert not {s.shape for s in scenes} & set(world.NEW_SHAPES)
+    assert world.NEW_PATTERN not in {s.pattern for s in scenes}
+    assert all(world.style_of(f"random-{i}") != world.style_of(world.NEW_STYLE) for i in range(2000))
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_committed_pictures_are_those_of_the_world(name):
+    """Held-out scenes would overlap with training pictures that were drawn by other code."""
+    folder = MINIATURE / "concepts" / name
+    for i, picture in enumerate(training_pictures(CONCEPTS[name])):
+        assert list(Image.open(folder / f"{name}_{i}.png").getdata()) == list(picture.getdata())
+        assert (folder / f"{name}_{i}.txt").read_text().splitlines()[0] == CONCEPTS[name].caption(
+            training_scenes(CONCEPTS[name])[i]
+        )
+
+
+def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge):
+    """A user's first four-step picture with plain diffusers would be wrong."""
+    pipeline = ZImagePipeline.from_pretrained(MINIATURE / "model", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = unrelated_scenes(32)
+    images = pipeline(
+        captions(scenes), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    _, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
+    assert shares["colour"] > 0.8 and shares["background"] > 0.8 and shares["position"] > 0.8
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_picture_in_the_context_teaches_what_words_cannot(name, judge, miniature):
+    """With a teacher no better than the student, D-OPSD has nothing to teach."""
+    concept = CONCEPTS[name]
+    scenes = held_out_scenes(concept)
+    student = sample(miniature, miniature.encode_student(captions(scenes, concept)), seed=0)
+    teacher = sample(miniature, teacher_contexts(miniature, concept), seed=0)
+    before, seen = (accuracy(judge, images, scenes, concept.shows)[0] for images in (student, teacher))
+    assert before < 0.2 and seen > before + 0.3
+
+
+def test_weights_stay_small():
+    """Cloning the repository would take long."""
+    assert sum(p.stat().st_size for p in MINIATURE.rglob("*.safetensors")) < 25e6
