@@ -162,7 +162,7 @@ def add_output_arguments(parser):
         "each. Default: training captions.")
     add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
-    add("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all or none.")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
@@ -338,13 +338,19 @@ def draw_batch(buckets, batch_size, micro_step, process, num_processes, seed):
 
 # ----------------------------------------------------------------------------------------------------------- contexts
 def fingerprint(model_name_or_path, patterns, revision):
-    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network."""
+    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network.
+
+    In the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes.
+    """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
     digest = hashlib.sha256()
     for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
         digest.update(path.relative_to(folder).as_posix().encode())
+        if path.is_symlink() and path.resolve().parent.name == "blobs":
+            digest.update(path.resolve().name.encode())
+            continue
         with path.open("rb") as file:
             for chunk in iter(lambda: file.read(2**20), b""):
                 digest.update(chunk)

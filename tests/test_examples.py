@@ -1,0 +1,48 @@
+"""The baseline script of examples/: what D-OPSD is compared with."""
+
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import LORA, ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_sft_lora  # noqa: E402
+
+
+def run(flags, output_dir, **changes):
+    train_sft_lora.main(train_sft_lora.parse_args(flags(output_dir, **changes)))
+    return load_file(output_dir / LORA)
+
+
+def test_sft_and_dreambooth_train_the_layers_that_dopsd_trains(flags, train, tmp_path):
+    """The comparison would be between different LoRAs."""
+    ours = load_file(train(tmp_path / "dopsd") / LORA)
+    sft = run(flags, tmp_path / "sft")
+    dreambooth = run(flags, tmp_path / "dreambooth", class_prompt="a square", num_class_images=2)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in sft.items()}
+    assert any((v != 0).any() for k, v in sft.items() if "lora_B" in k)
+    assert any(not torch.equal(sft[k], dreambooth[k]) for k in sft)
+
+
+def test_flow_matching_loss_is_zero_for_the_true_velocity():
+    """A wrong sign or time would weaken the baseline."""
+
+    class Exact:
+        """Knows x0 and returns the velocity noise - x0 = (x_s - x0) / s."""
+
+        transformer = None
+
+        class scheduler:
+            class config:
+                shift = 3.0
+
+        def velocity(self, transformer, states, timestep, contexts):
+            return (states - latents) / (timestep / 1000).view(-1, 1, 1, 1)
+
+    latents = torch.randn(16, 4, 8, 8)
+    loss = train_sft_lora.flow_matching_loss(Exact(), latents, None, torch.Generator().manual_seed(0))
+    assert loss < 1e-5
