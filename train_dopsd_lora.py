@@ -18,7 +18,7 @@
 # dependencies = [
 #     "torch>=2.7",
 #     "diffusers>=0.42.0",
-#     "transformers>=5.0",
+#     "transformers>=5.5",
 #     "peft>=0.18.0",
 #     "accelerate>=1.10",
 #     "datasets>=4.0",
@@ -225,7 +225,7 @@ def read_folder(folder, instance_prompt):
     captions = []
     for path in images:
         text = path.with_suffix(".txt")
-        lines = [line.strip() for line in text.read_text("utf-8").splitlines()] if text.exists() else [instance_prompt]
+        lines = [line.strip() for line in text.read_text("utf-8-sig").splitlines()] if text.exists() else [instance_prompt]
         lines = [line for line in lines if line]
         if not lines:
             raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
