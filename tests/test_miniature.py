@@ -54,7 +54,7 @@ def test_committed_pictures_are_those_of_the_world(name):
     """Held-out scenes would overlap with training pictures that were drawn by other code."""
     folder = MINIATURE / "concepts" / name
     for i, picture in enumerate(training_pictures(CONCEPTS[name])):
-        assert list(Image.open(folder / f"{name}_{i}.png").getdata()) == list(picture.getdata())
+        assert Image.open(folder / f"{name}_{i}.png").tobytes() == picture.tobytes()
         assert (folder / f"{name}_{i}.txt").read_text().splitlines()[0] == CONCEPTS[name].caption(
             training_scenes(CONCEPTS[name])[i]
         )
@@ -73,15 +73,15 @@ def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge
     assert shares["colour"] > 0.8 and shares["background"] > 0.8 and shares["position"] > 0.8
 
 
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_a_picture_in_the_context_teaches_what_words_cannot(name, judge, miniature):
+@pytest.mark.parametrize("name", [name for name, concept in CONCEPTS.items() if concept.colour])
+def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature):
     """With a teacher no better than the student, D-OPSD has nothing to teach."""
     concept = CONCEPTS[name]
     scenes = held_out_scenes(concept)
     student = sample(miniature, miniature.encode_student(captions(scenes, concept)), seed=0)
     teacher = sample(miniature, teacher_contexts(miniature, concept), seed=0)
-    before, seen = (accuracy(judge, images, scenes, concept.shows)[0] for images in (student, teacher))
-    assert before < 0.2 and seen > before + 0.3
+    words, picture = (accuracy(judge, images, scenes, ["colour"])[0] for images in (student, teacher))
+    assert picture > 0.8 and picture > words + 0.3
 
 
 def test_weights_stay_small():

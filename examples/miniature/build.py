@@ -382,11 +382,12 @@ def _judge_scene(job):
     """A labelled picture for the judge, whose world includes the new shapes, pattern and style."""
     index, seed = job
     rng = np.random.default_rng([seed, index, 3])
-    scene = world.sample_scene(rng, new=rng.random() < 0.25)
-    if rng.random() < 0.35:
-        scene = replace(scene, shape=str(rng.choice(world.NEW_SHAPES)))
+    scene = world.sample_scene(rng, new=rng.random() < 0.1)
     if rng.random() < 0.4:
-        scene = replace(scene, pattern=str(rng.choice([*world.UNNAMED_PATTERNS, world.NEW_PATTERN])))
+        scene = replace(scene, shape=str(rng.choice(world.NEW_SHAPES)))
+    if rng.random() < 0.25:
+        others = world.UNNAMED_PATTERNS + [world.NEW_PATTERN] * 3
+        scene = replace(scene, pattern=str(rng.choice(others)))
     if rng.random() < 0.3:
         scene = replace(scene, style=world.NEW_STYLE if rng.random() < 0.5 else f"random-{rng.integers(2**31)}")
     return world.render(scene, int(rng.integers(2**31))), {a: label(scene, a) for a in ATTRIBUTES}
@@ -635,9 +636,9 @@ def stage_export(args):
 
 
 STAGES = {
-    "data": stage_data, "tokenizer": stage_tokenizer, "vlm": stage_vlm, "vae": stage_vae, "vae_refined": stage_vae_refined, "judge": stage_judge,
-    "contexts": stage_contexts, "latents": stage_latents, "base": stage_base, "trajectories": stage_trajectories, "distill": stage_distill,
-    "export": stage_export,
+    "data": stage_data, "tokenizer": stage_tokenizer, "vlm": stage_vlm, "vae": stage_vae,
+    "vae_refined": stage_vae_refined, "judge": stage_judge, "contexts": stage_contexts, "latents": stage_latents,
+    "base": stage_base, "trajectories": stage_trajectories, "distill": stage_distill, "export": stage_export,
 }  # fmt: skip
 
 
