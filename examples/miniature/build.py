@@ -625,6 +625,8 @@ def stage_export(args):
     pipeline = assemble(args, "distilled")
     for component in ("text_encoder", "vae", "transformer"):
         getattr(pipeline, component).half()
+    for component in (pipeline.vae, pipeline.transformer):
+        component.register_to_config(_name_or_path="")  # it would be a path of this machine
     pipeline.save_pretrained(args.output_dir / "model")
     load_vlm(args).half().save_pretrained(args.output_dir / "vlm")
     read_tokenizer(args).save_pretrained(args.output_dir / "vlm")
