@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) --validation_steps 50 \
 		--output_dir $(DEMO)/dopsd
-	$(BIN)/python examples/train_sft_lora.py $(COMMON) --max_train_steps $(SFT_STEPS) --report_to none \
+	$(BIN)/python examples/train_sft.py $(COMMON) --max_train_steps $(SFT_STEPS) --report_to none \
 		--output_dir $(DEMO)/sft
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png

@@ -264,7 +264,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
             timestep: scalar tensor between 0 (data) and 1000 (noise).
             contexts: one (tokens, dim) per image.
         """
-        dtype = self.transformer.dtype
+        dtype = getattr(transformer, "module", transformer).dtype  # DDP holds the transformer as its `module`
         images = list(latents.to(dtype).unsqueeze(2).unbind(0))
         time = (1000 - timestep.expand(len(images))) / 1000
         contexts = [c.to(latents.device, dtype) for c in contexts]

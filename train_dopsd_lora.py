@@ -55,25 +55,31 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Dataset, load_dataset
+from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, set_seed
+from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
-    EMAModel,
     cast_training_params,
     find_nearest_bucket,
     free_memory,
     generate_aspect_ratio_buckets,
 )
 from diffusers.utils import check_min_version, is_bitsandbytes_available, make_image_grid
-from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    create_repo,
+    save_torch_state_dict,
+    snapshot_download,
+    upload_folder,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 import pipeline_dopsd
@@ -88,6 +94,8 @@ logger = get_logger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
+# flags that a resumed run must share with the run before it
+FIXED_ON_RESUME = {"rank", "lora_alpha", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam"}
 
 
 class InputError(ValueError):
@@ -145,7 +153,7 @@ def add_training_arguments(parser):
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=0.0)
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
@@ -230,7 +238,16 @@ def read_folder(folder, instance_prompt):
         if not lines:
             raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
         captions.append(lines)
-    return Dataset.from_dict({"image": [str(p) for p in images], "captions": captions})
+    # the size and time of each file make the cache of `inspect_images` a cache of these very images
+    stamps = [[p.stat().st_size, p.stat().st_mtime_ns] for p in images]
+    rows = {"image": [str(p) for p in images], "captions": captions, "stamp": stamps}
+    return Dataset.from_generator(columns_to_rows, gen_kwargs={"columns": rows}).remove_columns("stamp")
+
+
+def columns_to_rows(columns):
+    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values))
 
 
 def read_dataset(args):
@@ -264,10 +281,11 @@ def read_dataset(args):
         return {"captions": captions}
 
     dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))
-    dataset = dataset.map(captions_of, with_indices=True, desc="captions")
-    if args.image_column != "image":
-        dataset = dataset.rename_column(args.image_column, "image")
-    return dataset.select_columns(["image", "captions"])
+    texts = dataset.remove_columns(args.image_column)  # so that no image is copied into the cache
+    texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
+    images = dataset.select_columns([args.image_column])
+    images = images if args.image_column == "image" else images.rename_column(args.image_column, "image")
+    return concatenate_datasets([images, texts], axis=1)
 
 
 def load_image(source):
@@ -293,7 +311,8 @@ def load_image(source):
 
 
 def inspect_images(dataset, buckets):
-    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`; every image is decoded once."""
+    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`. Every image is decoded once; a later
+    run on the same images reads the result from the cache of datasets."""
 
     def inspect(row):
         image = load_image(row["image"])
@@ -301,7 +320,8 @@ def inspect_images(dataset, buckets):
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
         return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
 
-    return dataset.map(inspect, desc="images")
+    added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
+    return concatenate_datasets([dataset, added], axis=1)
 
 
 def training_image(row):
@@ -399,10 +419,12 @@ def check_contexts(family, args, dataset, pairs):
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
     config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
-    longest, buckets = family.max_context_length(config), list(dataset["bucket"])
+    longest, buckets = family.max_context_length(config), list(map(tuple, dataset["bucket"]))
+    without_caption = {bucket: encoder.context_length("", *bucket) for bucket in set(buckets)}
     for index, caption in pairs:
-        length = encoder.context_length(caption, *buckets[index])
-        if length > longest:
+        # a token is at least one byte: of most captions no token needs to be counted
+        length = without_caption[buckets[index]] + len(caption.encode())
+        if length > longest and (length := encoder.context_length(caption, *buckets[index])) > longest:
             raise ValueError(
                 f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
                 f"transformer's position table holds {longest}. Lower --teacher_max_pixels or shorten the caption."
@@ -411,7 +433,7 @@ def check_contexts(family, args, dataset, pairs):
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     """Encodes the (row index, caption) `pairs` that are not in the cache, then frees both encoders."""
-    keys = dataset.select_columns(["image_hash", "bucket"])
+    keys = list(dataset.select_columns(["image_hash", "bucket"]))
     missing = [(index, caption) for index, caption in pairs if not cache.path(keys[index], caption).exists()]
     logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
     accelerator.wait_for_everyone()
@@ -449,63 +471,81 @@ def state_loss(student_velocity, teacher_velocity, sigma, weighting):
     return weight * torch.nn.functional.mse_loss(student_velocity, teacher_velocity.detach())
 
 
-@contextlib.contextmanager
-def teacher_weights(parameters, ema):
-    """Within: the trainable parameters hold theta_bar. Pointers are exchanged; nothing is copied."""
-
-    def exchange():
-        for parameter, shadow in zip(parameters, ema.shadow_params, strict=True):
-            parameter.data, shadow.data = shadow.data, parameter.data
-
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()
+@torch.no_grad()
+def update_ema(shadow, parameters, decay):
+    """theta_bar <- decay * theta_bar + (1 - decay) * theta, in the dtype of `shadow` (fp32: bf16 would round it away)."""
+    for average, parameter in zip(shadow, parameters, strict=True):
+        average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
 
-def rollout_and_backward(pipeline, transformer, parameters, ema, batch, args, accelerator, synchronize):
-    """One on-policy rollout with the gradient of L = (1/K) sum_k w_k || u_s - sg(u_t) ||^2. Returns the K losses (K,).
+def rollout(pipeline, transformer, teacher, batch, args, accelerator):
+    """Yields w_k || u_s - sg(u_t) ||^2 for each state of the student's own K-step rollout.
 
     At state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
                        u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
                        x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
-    States are not differentiated through, so each state's graph is freed by its own backward and memory does not grow
-    with K; the forward that drives the rollout is the one that is trained.
+    States are not differentiated through, and the forward that drives the rollout is the one that is trained.
     """
     latents, student_contexts, teacher_contexts = batch
     height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
     timesteps = pipeline.few_step_grid(args.rollout_steps, height, width, latents.device)
-    teacher = accelerator.unwrap_model(transformer)
-    losses = []
     for k, timestep in enumerate(timesteps):
-        last = k == len(timesteps) - 1
-        # the teacher first: swapping weights between the student's forward and its backward would corrupt the gradient
-        with torch.no_grad(), accelerator.autocast(), teacher_weights(parameters, ema):
-            teacher_velocity = pipeline.velocity(teacher, latents, timestep, teacher_contexts)
-        with contextlib.nullcontext() if synchronize and last else accelerator.no_sync(transformer):
-            with accelerator.autocast():
-                student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
-            loss = state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
-            accelerator.backward(loss / (len(timesteps) * args.gradient_accumulation_steps))
-        losses.append(loss.detach())
+        # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
+        with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
+            teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
+        with accelerator.autocast():
+            student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
+        yield state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
         latents = pipeline.scheduler.step(student_velocity.detach(), timestep, latents, return_dict=False)[0]
-    return torch.stack(losses)
 
 
-def make_ema(parameters, decay):
-    """theta_bar <- decay * theta_bar + (1 - decay) * theta after each step, in fp32.
+def backward_each_state(losses, transformer, args, accelerator, synchronize):
+    """Accumulates the gradient of L = (1/K) sum_k loss_k and returns the K losses (K,).
 
-    min_decay and update_after_step=-1 switch off the ramp of [`EMAModel`], whose first update would copy the student.
+    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with K.
+    `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with FSDP
+    every backward does, because gradients that wait for others are held whole).
     """
-    return EMAModel(parameters, decay=decay, min_decay=decay, update_after_step=-1, foreach=True)
+    values = []
+    for k in range(args.rollout_steps):
+        last = synchronize and k == args.rollout_steps - 1
+        with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(transformer):
+            loss = next(losses)
+            accelerator.backward(loss / (args.rollout_steps * args.gradient_accumulation_steps))
+        values.append(loss.detach())
+    return torch.stack(values)
 
 
-def make_batch(pipeline, dataset, cache, draws, device):
+class LoRATeacher:
+    """theta_bar: the student's transformer with an EMA of the LoRA's weights in place. No second transformer is held."""
+
+    def __init__(self, transformer, parameters, decay):
+        self.transformer, self.parameters, self.decay = transformer, parameters, decay
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+    def step(self):
+        """To be called after each update of the student."""
+        update_ema(self.shadow, self.parameters, self.decay)
+
+    @contextlib.contextmanager
+    def network(self):
+        """Within: the transformer computes with theta_bar. Pointers are exchanged; nothing is copied."""
+        self._exchange()
+        try:
+            yield self.transformer
+        finally:
+            self._exchange()
+
+    def _exchange(self):
+        for parameter, average in zip(self.parameters, self.shadow, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+
+def make_batch(pipeline, rows, cache, draws, device):
     """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
     noise, student_contexts, teacher_contexts = [], [], []
     for index, rng in draws:
-        row = dataset[index]
+        row = rows[index]
         student, teacher = cache.read(row, row["captions"][rng.integers(len(row["captions"]))])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*row["bucket"], generator))
@@ -527,24 +567,21 @@ def validation_pairs(dataset, args):
 
 
 @torch.no_grad()
-def log_validation(pipeline, parameters, ema, dataset, cache, args, accelerator, step):
+def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
     """Writes a picture with a row per pair: student | teacher | training image. Runs the sampler that users will run."""
-
-    def sample(context, row, index):
-        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + index))
-        height, width = row["bucket"]
-        inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
-        with accelerator.autocast():
-            return pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0]
-
-    pictures = []
+    student, pictures = pipeline.transformer, []
     for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
         row = dataset[index]
-        student, teacher = cache.read(row, prompt)
-        pictures.append(sample(student, row, number))
-        with teacher_weights(parameters, ema):
-            pictures.append(sample(teacher, row, number))
+        height, width = row["bucket"]
+        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, prompt)):
+            noise = pipeline.initial_noise(height, width, torch.Generator().manual_seed(args.seed + number))
+            inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
+            with network as pipeline.transformer, accelerator.autocast():
+                pictures.append(pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0])
         pictures.append(training_image(row))
+    pipeline.transformer = student
+    if not accelerator.is_main_process:
+        return
     pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
     grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
     folder = Path(args.output_dir) / "validation"
@@ -577,38 +614,54 @@ def find_checkpoint(args):
             return None
         path = found[-1]
     try:
-        saved = json.loads((path / STATE_NAME).read_text())["settings"]
-        for name in ("student", "teacher"):
-            with safe_open(path / f"{name}.safetensors", "pt") as tensors:
-                tensors.keys()
-        for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
-            torch.load(path / name, map_location="meta", weights_only=True)
-    except Exception as error:
+        state = json.loads((path / STATE_NAME).read_text())
+        for name, size in state["files"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written ({error}).") from error
-    for name in ("rank", "lora_alpha", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam"):
-        if name in saved and saved[name] != getattr(args, name):
-            raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {saved[name]}.")
+    for name, value in state["settings"].items():
+        if name in FIXED_ON_RESUME and value != getattr(args, name):
+            raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {value}.")
     return path
 
 
-def register_checkpoint_hooks(accelerator, names, parameters, ema):
-    """Makes accelerate save and load exactly the trained parameters and their EMA, as safetensors."""
-    networks = {"student": parameters, "teacher": ema.shadow_params}
+def save_weights(tensors, folder, dtype=None):
+    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process."""
+    gathered, main = {}, PartialState().is_main_process
+    for name, tensor in tensors.items():
+        # the clone leaves out the padding of a tensor that does not divide evenly over the processes
+        whole = tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach()
+        if main:
+            gathered[name] = whole.to("cpu", dtype).contiguous()
+    if main:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(gathered, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
+@torch.no_grad()
+def load_weights(tensors, folder):
+    """Copies what `save_weights` wrote into `tensors`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, saved in load_file(path).items():
+            target = tensors[name]
+            if isinstance(target, DTensor):
+                saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
+            target.copy_(saved)
+
+
+def register_checkpoint_hooks(accelerator, networks):
+    """Makes accelerate save and load exactly `networks` (folder name -> name -> live tensor), as safetensors."""
 
     def save(models, weights, output_dir):
         weights.clear()
-        if accelerator.is_main_process:
-            for network, tensors in networks.items():
-                tensors = {name: tensor.detach().contiguous() for name, tensor in zip(names, tensors, strict=True)}
-                save_file(tensors, Path(output_dir) / f"{network}.safetensors")
+        for network, tensors in networks.items():
+            save_weights(tensors, Path(output_dir) / network)
 
-    @torch.no_grad()
     def load(models, input_dir):
         models.clear()
         for network, tensors in networks.items():
-            saved = load_file(Path(input_dir) / f"{network}.safetensors")
-            for name, tensor in zip(names, tensors, strict=True):
-                tensor.copy_(saved[name])
+            load_weights(tensors, Path(input_dir) / network)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -621,7 +674,9 @@ def save_checkpoint(accelerator, args, step):
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (aside / STATE_NAME).write_text(json.dumps({"step": step, "settings": settings_of(args)}, indent=2))
+        files = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+        state = {"step": step, "settings": settings_of(args), "files": files}
+        (aside / STATE_NAME).write_text(json.dumps(state, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         if args.checkpoints_total_limit:
@@ -750,6 +805,8 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -805,21 +862,25 @@ def add_lora(pipeline, targets, args):
     logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
 
 
-def make_optimizer(parameters, args):
-    """AdamW, with 8-bit states on request, and its learning-rate schedule."""
+def make_adamw(parameters, args):
+    """AdamW, with 8-bit states on request."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
-    optimizer = optimizer_class(
+    return optimizer_class(
         parameters,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    scheduler = get_scheduler(
+
+
+def make_lr_scheduler(optimizer, args):
+    """Learning-rate schedule in optimisation steps."""
+    return get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
@@ -827,7 +888,6 @@ def make_optimizer(parameters, args):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    return optimizer, scheduler
 
 
 def peak_memory_gib(device):
@@ -836,22 +896,36 @@ def peak_memory_gib(device):
     return peak / 2**30
 
 
-def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpoint, args, accelerator):
-    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
-    optimizer, lr_scheduler = make_optimizer(parameters, args)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+def resume(accelerator, lr_scheduler, networks, checkpoint):
+    """Registers what checkpoints hold and loads `checkpoint`, if there is one. Returns the step to start from."""
     accelerator.register_for_checkpointing(lr_scheduler)
-    register_checkpoint_hooks(accelerator, names, parameters, ema)
-    first_step = 0
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        first_step = json.loads((checkpoint / STATE_NAME).read_text())["step"]
-        logger.info(f"Resumed from {checkpoint} at step {first_step}.")
+    register_checkpoint_hooks(accelerator, networks)
+    if not checkpoint:
+        return 0
+    accelerator.load_state(str(checkpoint))
+    step = json.loads((checkpoint / STATE_NAME).read_text())["step"]
+    logger.info(f"Resumed from {checkpoint} at step {step}.")
+    return step
 
-    validate = functools.partial(log_validation, pipeline, parameters, ema, dataset, cache, args, accelerator)
-    if args.validation_steps and first_step == 0 and accelerator.is_main_process:
+
+def check_finite(losses, grad_norm=0.0):
+    """Stops a run that has diverged before the update spoils the weights."""
+    if not all(map(math.isfinite, [*losses, grad_norm])):
+        raise InputError(
+            f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept. Lower "
+            "--learning_rate or use --mixed_precision bf16."
+        )
+
+
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator):
+    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    # FSDP gathers weights in every forward, so all processes must take part in a validation
+    validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
+    validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
+    if validating and first_step == 0:
         validate(0)
-    buckets = tuple(tuple(bucket) for bucket in dataset["bucket"])
+    rows, buckets = dataset.remove_columns("image"), tuple(map(tuple, dataset["bucket"]))
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
@@ -861,21 +935,19 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
             micro_step = step * args.gradient_accumulation_steps + micro
             draws = draw_batch(buckets, args.train_batch_size, micro_step, accelerator.process_index,
                                accelerator.num_processes, args.seed)  # fmt: skip
-            batch = make_batch(pipeline, dataset, cache, draws, accelerator.device)
+            batch = make_batch(pipeline, rows, cache, draws, accelerator.device)
+            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
-            losses += rollout_and_backward(pipeline, transformer, parameters, ema, batch, args, accelerator, synchronize)
+            losses += backward(states, transformer, args, accelerator, synchronize)
         losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean").tolist()
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
         # with fp16 the gradient scaler skips a step whose gradient is not finite
-        if not all(map(math.isfinite, losses)) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
-            raise InputError(
-                f"Loss {losses} or gradient norm {grad_norm} is not finite at step {step}; the run stops, checkpoints are "
-                "kept. Lower --learning_rate or use --mixed_precision bf16."
-            )
+        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.step(parameters)
+        teacher.step()
 
         done = step + 1
         logs = {"loss": sum(losses) / len(losses), **{f"loss/state_{k + 1}": value for k, value in enumerate(losses)}}
@@ -883,17 +955,17 @@ def train(pipeline, transformer, names, parameters, ema, dataset, cache, checkpo
         logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
         bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
         accelerator.log(logs, step=done)
-        if args.validation_steps and accelerator.is_main_process:
-            if done % args.validation_steps == 0 or done == args.max_train_steps:
-                validate(done)
-        if done % args.checkpointing_steps == 0 and done < args.max_train_steps:
+        if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
+            validate(done)
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             save_checkpoint(accelerator, args, done)
-    save_checkpoint(accelerator, args, args.max_train_steps)
 
 
 def main(args):
     accelerator = make_accelerator(args)
     try:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         with accelerator.main_process_first():
             family, dataset, checkpoint, pairs = check_inputs(args)
             targets = find_lora_targets(family, args)
@@ -905,11 +977,17 @@ def main(args):
     pipeline = load_for_training(family, args, accelerator)
     add_lora(pipeline, targets, args)
     names, parameters = zip(*[(n, p) for n, p in pipeline.transformer.named_parameters() if p.requires_grad])
-    ema = make_ema(parameters, args.ema_decay)
+    teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
+    optimizer = make_adamw(parameters, args)
+    lr_scheduler = make_lr_scheduler(optimizer, args)
+    transformer, optimizer = accelerator.prepare(pipeline.transformer, optimizer)
+    networks = {"student": dict(zip(names, parameters)), "teacher": dict(zip(names, teacher.shadow))}
+    first_step = resume(accelerator, lr_scheduler, networks, checkpoint)
 
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
-    train(pipeline, pipeline.transformer, names, parameters, ema, dataset, cache, checkpoint, args, accelerator)
+    train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, args,
+          accelerator)  # fmt: skip
 
     if accelerator.is_main_process:
         save_lora(pipeline, accelerator.unwrap_model(pipeline.transformer), targets, args)

@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
+import train_dopsd_full as full_script  # noqa: E402
 import train_dopsd_lora as script  # noqa: E402
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder  # noqa: E402
 
@@ -68,6 +69,7 @@ CAPTIONS = {
 }
 HIDDEN = 64
 LORA = "pytorch_lora_weights.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SECRET = "hf_aTokenThatNobodyMustRead"
 
 
@@ -209,17 +211,36 @@ def flags(base, vlm, images, tmp_path_factory):
     return command
 
 
-@pytest.fixture(scope="session")
-def train(flags):
-    """Runs the training script in this process and returns the output folder."""
+class Trainer:
+    """Runs a training script in this process and returns the output folder; names what the script writes."""
 
-    def run(output_dir, *switches, **changes):
+    def __init__(self, module, flags, result, student):
+        self.module, self.flags, self.result, self.student = module, flags, result, student
+
+    def __call__(self, output_dir, *switches, **changes):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        script.main(script.parse_args(flags(output_dir, *switches, **changes)))
+        self.module.main(self.module.parse_args(self.flags(output_dir, *switches, **changes)))
         return Path(output_dir)
 
-    return run
+
+@pytest.fixture(scope="session")
+def train(flags):
+    return Trainer(script, flags, LORA, "student")
+
+
+@pytest.fixture(scope="session")
+def train_full(flags):
+    def without_lora(output_dir, *switches, **changes):
+        return flags(output_dir, *switches, **{"rank": None, "learning_rate": 1e-3, **changes})
+
+    return Trainer(full_script, without_lora, f"transformer/{WEIGHTS}", "transformer")
+
+
+@pytest.fixture(params=["lora", "full"])
+def train_any(request, train, train_full):
+    """Each training script in turn."""
+    return train if request.param == "lora" else train_full
 
 
 @pytest.fixture
@@ -249,9 +270,9 @@ def student(pipeline, flags, tmp_path):
     pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    ema = script.make_ema(parameters, 0.9)
+    teacher = script.LoRATeacher(pipeline.transformer, parameters, 0.9)
     with torch.no_grad():
-        for parameter, shadow in zip(parameters, ema.shadow_params):
+        for parameter, shadow in zip(parameters, teacher.shadow):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
             shadow.copy_(torch.randn(shadow.shape, generator=generator) * 0.1)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
@@ -267,16 +288,16 @@ def student(pipeline, flags, tmp_path):
         args = script.parse_args(flags(tmp_path, rollout_steps=rollout_steps, **changes))
         for parameter in parameters:
             parameter.grad = None
-        losses = script.rollout_and_backward(
-            pipeline, pipeline.transformer, parameters, ema, batch, args, accelerator, synchronize
-        )
+        states = script.rollout(pipeline, pipeline.transformer, teacher, batch, args, accelerator)
+        losses = script.backward_each_state(states, pipeline.transformer, args, accelerator, synchronize)
+        assert next(states, None) is None  # takes the last Euler step, whose result training does not need
         return losses, [p.grad.clone() for p in parameters]
 
     return SimpleNamespace(
         pipeline=pipeline,
         transformer=pipeline.transformer,
         parameters=parameters,
-        ema=ema,
+        teacher=teacher,
         batch=batch,
         backward=backward,
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import LORA, ROOT, save_base, save_images
+from conftest import LORA, ROOT, WEIGHTS, save_base, save_images
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -164,7 +164,7 @@ def test_missing_checkpoint(refused, output):
     assert content(output) == before
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "student.safetensors", "teacher.safetensors", "optimizer.bin"])
+@pytest.mark.parametrize("name", ["trainer_state.json", f"student/{WEIGHTS}", f"teacher/{WEIGHTS}", "optimizer.bin"])
 @pytest.mark.parametrize("damage", ["missing", "half"])
 def test_half_written_checkpoint(refused, output, name, damage):
     """Of a full disk or a copy that was cut off: named, and with nothing already written lost."""

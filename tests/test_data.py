@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,68 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
         weights[sorted(weights)[0]] += 1e-3
         save_file(weights, file, {"format": "pt"})
     assert path() != before
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
+    """With 100,000 images, a start that decodes them all again takes the better part of an hour."""
+    folder, changes = save_images(tmp_path / "images"), {}
+    if form == "parquet":
+        dataset = Dataset.from_dict({"image": sorted(map(str, folder.glob("*.png"))), "text": ["a"] * 4})
+        (tmp_path / "parquet").mkdir()
+        dataset.cast_column("image", ImageFeature()).to_parquet(tmp_path / "parquet" / "train.parquet")
+        changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet"}
+    args = script.parse_args(flags(tmp_path / "out", **{"instance_data_dir": folder, **changes}))
+    buckets = [(32, 32), (32, 64)]
+    first = script.inspect_images(read_dataset(args), buckets)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was decoded again"))
+        again = script.inspect_images(read_dataset(args), buckets)
+        assert again["image_hash"] == first["image_hash"] and again["bucket"] == first["bucket"]
+    if form == "folder":  # a changed file is read again
+        draw("ellipse", "black").save(folder / "a.png")
+        changed = script.inspect_images(read_dataset(args), buckets)
+        assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
+
+
+def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
+    """A dataset of 200 GB must not take 200 GB more."""
+    (tmp_path / "parquet").mkdir()
+    pictures = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8):
+        Image.fromarray(pixels).save(tmp_path / "noise.png")
+        pictures.append({"bytes": (tmp_path / "noise.png").read_bytes(), "path": None})
+    features = Features({"picture": ImageFeature(), "text": Value("string")})
+    dataset = Dataset.from_dict({"picture": pictures, "text": ["a"] * 8}, features=features)
+    dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
+    changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet", "image_column": "picture"}
+    dataset = read_dataset(script.parse_args(flags(tmp_path / "out", **changes)))
+    before = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
+    dataset = script.inspect_images(dataset, [(32, 32)])
+    after = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
+    assert before > 8 * 256 * 256 * 3 and after - before < 20_000
+
+
+def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypatch):
+    """Encoding a large dataset takes hours; what is encoded must not be lost."""
+    encode, done = DOPSDZImagePipeline.encode_teacher, []
+
+    def interrupted(self, prompts, images):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(prompts)
+        return encode(self, prompts, images)
+
+    cache = tmp_path / "contexts"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DOPSDZImagePipeline, "encode_teacher", interrupted)
+        train(tmp_path / "out", context_cache_dir=cache)
+    assert len(list(cache.iterdir())) == 3
+    rest = []
+    with monkeypatch.context() as patch:
+        patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, i: rest.append(p) or encode(self, p, i))
+        train(tmp_path / "out", context_cache_dir=cache)
+    assert len(rest) == sum(map(len, CAPTIONS.values())) - 3 and not any(p in done for p in rest)
 
 
 def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def reference(student, batch, steps, weighting):
         velocity = pipeline.velocity(student.transformer, latents, t, student_contexts)
         with torch.no_grad():
             # a copy of the transformer: weights that autograd has saved must not be written to
-            for parameter, shadow in zip(student.parameters, student.ema.shadow_params):
+            for parameter, shadow in zip(student.parameters, student.teacher.shadow):
                 parameter.data = shadow.clone()
             target = pipeline.velocity(student.transformer, latents, t, teacher_contexts)
             for parameter, weights in zip(student.parameters, own):
@@ -103,11 +103,11 @@ def test_gradient_checkpointing_gives_the_same_gradient(student):
 
 def test_student_learns_and_teacher_and_base_do_not(student):
     """A gradient that reaches the base or the teacher's shadow trains something that is not saved."""
-    shadows = [s.clone() for s in student.ema.shadow_params]
+    shadows = [s.clone() for s in student.teacher.shadow]
     weights = [p.detach().clone() for p in student.parameters]
     _, gradient = student.backward(student.batch(2))
     assert all(g.abs().max() > 0 for g in gradient)
-    for shadow, before in zip(student.ema.shadow_params, shadows):
+    for shadow, before in zip(student.teacher.shadow, shadows):
         assert torch.equal(shadow, before) and shadow.grad is None and not shadow.requires_grad
     for parameter, before in zip(student.parameters, weights):
         assert torch.equal(parameter, before) and parameter.requires_grad
@@ -127,13 +127,13 @@ def test_teacher_uses_ema_weights_and_the_teachers_context(student):
     """A teacher with the student's weights is the live copy that the paper shows to collapse."""
     noise, contexts, teacher_contexts = student.batch(1)
     losses, _ = student.backward((noise, contexts, teacher_contexts))
-    student.ema.shadow_params[0].add_(0.5)
+    student.teacher.shadow[0].add_(0.5)
     moved, _ = student.backward((noise, contexts, teacher_contexts))
     assert (moved - losses).abs().min() > 1e-6
     other, _ = student.backward((noise, contexts, [c + 1 for c in teacher_contexts]))
     assert (other - moved).abs().min() > 1e-6
     # student = teacher in weights and context: nothing to learn
-    for shadow, parameter in zip(student.ema.shadow_params, student.parameters):
+    for shadow, parameter in zip(student.teacher.shadow, student.parameters):
         shadow.copy_(parameter.detach())
     same, _ = student.backward((noise, contexts, contexts))
     assert same.abs().max() < 1e-10
@@ -200,11 +200,11 @@ def test_memory_does_not_grow_with_the_number_of_states(student, tmp_path):
 def ema_after(decay, steps, dtype=torch.float32):
     """Shadow after `steps` steps of a weight that starts at 1 and stands at 2 afterwards."""
     parameter = torch.nn.Parameter(torch.ones(8, dtype=dtype))
-    ema = script.make_ema([parameter], decay)
+    shadow = [parameter.detach().clone()]
     parameter.data.fill_(2.0)
     for _ in range(steps):
-        ema.step([parameter])
-    return ema.shadow_params[0]
+        script.update_ema(shadow, [parameter], decay)
+    return shadow[0]
 
 
 def test_ema_decay_is_constant_from_the_first_step():

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_dopsd_lora as script
-from conftest import HIDDEN, LORA, ROOT, SECRET
+from conftest import HIDDEN, LORA, ROOT, SECRET, WEIGHTS
 from pipeline_dopsd import DOPSDZImagePipeline, family_of
 
 
@@ -127,7 +127,7 @@ def test_pictures_of_the_training_in_a_new_process(trained, expected, base, tmp_
 
 def test_lora_file_has_the_form_that_all_programs_load(trained):
     """ComfyUI ignores an alpha in the metadata, and diffusers cannot load Z-Image files with .alpha keys."""
-    saved, trained_weights = load_file(trained / LORA), load_file(trained / "checkpoint-12" / "student.safetensors")
+    saved, trained_weights = load_file(trained / LORA), load_file(trained / "checkpoint-12" / "student" / WEIGHTS)
     assert len(saved) == len(trained_weights) == 2 * 28
     for name, weights in trained_weights.items():
         key = "transformer." + name.replace(".default", "")

@@ -1,4 +1,4 @@
-"""Whole runs of train_dopsd_lora.py: resume, precision, optimisers, validation, several processes."""
+"""Whole runs of both scripts: resume, precision, optimisers, validation, several processes."""
 
 import json
 import socket
@@ -10,16 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_dopsd_lora as script
-from conftest import LORA, ROOT
+from conftest import LORA, WEIGHTS
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
 def tensors_of(folder):
     """Student, teacher and optimiser state of a checkpoint as one flat dict."""
-    tensors = {
-        f"{n}.{k}": v for n in ("student", "teacher") for k, v in load_file(folder / f"{n}.safetensors").items()
-    }
+    networks = {path.parent.name: load_file(path) for path in folder.glob(f"*/{WEIGHTS}")}
+    tensors = {f"{network}.{name}": t for network, weights in networks.items() for name, t in weights.items()}
 
     def collect(state, prefix):
         for key, value in state.items():
@@ -51,8 +49,9 @@ def assert_equal(ours, theirs):
     ],
     ids=["plain", "accumulated", "8bit"],
 )
-def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, switches, changes):
+def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypatch, switches, changes):
     """A resume that is not exact is a second training: other data and noise, a teacher or optimiser that jumps."""
+    train, changes = train_any, {n: v for n, v in changes.items() if n != "rank" or train_any.result == LORA}
     whole = train(tmp_path / "whole", *switches, max_train_steps=6, checkpointing_steps=100, **changes)
 
     part, log = tmp_path / "part", DOPSDZImagePipeline.velocity
@@ -68,7 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DOPSDZImagePipeline, "velocity", interrupted)
         train(part, *switches, **command)
-    assert not (part / LORA).exists() and not (part / "checkpoint-6").exists()
+    assert not (part / train.result).exists() and not (part / "checkpoint-6").exists()
 
     calls.clear()
     with monkeypatch.context() as patch:
@@ -76,18 +75,18 @@ def test_resumed_run_equals_the_uninterrupted_one(train, tmp_path, monkeypatch, 
         train(part, *switches, **command)
     assert len(calls) == 2 * 2 * 3 * changes.get("gradient_accumulation_steps", 1)  # steps 4 to 6 alone
     assert_equal(part / "checkpoint-6", whole / "checkpoint-6")
-    assert_equal(part / LORA, whole / LORA)
+    assert_equal(part / train.result, whole / train.result)
     first, last = tensors_of(part / "checkpoint-3"), tensors_of(part / "checkpoint-6")
-    assert all(
-        not torch.equal(first[n], last[n]) for n in first if n.startswith(("student", "teacher")) and "lora_B" in n
-    )
+    networks = (train.student, "teacher")
+    moved = [n for n in first if n.startswith(networks) and ("lora_B" in n or n.endswith("to_q.weight"))]
+    assert moved and not any(torch.equal(first[n], last[n]) for n in moved)
 
 
-def test_resume_can_go_on_for_longer(train, tmp_path):
+def test_resume_can_go_on_for_longer(train_any, tmp_path):
     """More steps after a look at the result: the checkpoint of the last step is where they start."""
-    whole = train(tmp_path / "whole", max_train_steps=4)
-    part = train(tmp_path / "part", max_train_steps=2)
-    train(part, max_train_steps=4, resume_from_checkpoint=str(part / "checkpoint-2"))
+    whole = train_any(tmp_path / "whole", max_train_steps=4)
+    part = train_any(tmp_path / "part", max_train_steps=2)
+    train_any(part, max_train_steps=4, resume_from_checkpoint=str(part / "checkpoint-2"))
     assert_equal(part / "checkpoint-4", whole / "checkpoint-4")
 
 
@@ -109,9 +108,9 @@ def test_bf16_base_trains_an_fp32_lora(train, tmp_path):
         tmp_path, mixed_precision="bf16", validation_steps=1, ema_decay=0.9999, learning_rate=1e-3, max_train_steps=3
     )
     for name in ("student", "teacher"):
-        weights = load_file(tmp_path / "checkpoint-3" / f"{name}.safetensors")
+        weights = load_file(tmp_path / "checkpoint-3" / name / WEIGHTS)
         assert {w.dtype for w in weights.values()} == {torch.float32}
-    student, teacher = (load_file(tmp_path / "checkpoint-3" / f"{n}.safetensors") for n in ("student", "teacher"))
+    student, teacher = (load_file(tmp_path / "checkpoint-3" / n / WEIGHTS) for n in ("student", "teacher"))
     name = next(n for n in student if "lora_B" in n)
     assert 0 < teacher[name].abs().max() < 1e-3 * student[name].abs().max()
     assert {w.dtype for w in load_file(tmp_path / LORA).values()} == {torch.float32}
@@ -126,20 +125,20 @@ def test_8bit_adam_has_8bit_states(train, tmp_path):
     assert {t.dtype for t in states.values() if t.numel() >= 4096} == {torch.uint8}
 
 
-def test_learning_rate_warms_up(train, tmp_path, monkeypatch):
+def test_learning_rate_warms_up(train_any, tmp_path, monkeypatch):
     """The schedule counts optimisation steps, not micro-steps."""
     rates = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, **kwargs: rates.append(values["lr"]))
     schedule = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "gradient_accumulation_steps": 2}
-    train(tmp_path, **schedule, max_train_steps=4, rollout_steps=1, learning_rate=1.0)
+    train_any(tmp_path, **schedule, max_train_steps=4, rollout_steps=1, learning_rate=1.0)
     assert rates == [0.5, 1.0, 0.5, 0.0]
 
 
-def test_log_has_what_a_user_steers_by(train, tmp_path, monkeypatch):
+def test_log_has_what_a_user_steers_by(train_any, tmp_path, monkeypatch):
     """Loss per state, gradient norm, learning rate, time and memory, for every step."""
     logs = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append((step, values)))
-    train(tmp_path, rollout_steps=3)
+    train_any(tmp_path, rollout_steps=3)
     assert [step for step, _ in logs] == [1, 2]
     expected = {
         "loss",
@@ -156,10 +155,10 @@ def test_log_has_what_a_user_steers_by(train, tmp_path, monkeypatch):
         assert values["loss"] == pytest.approx(sum(values[f"loss/state_{k}"] for k in (1, 2, 3)) / 3)
 
 
-def test_validation_pictures(train, tmp_path):
+def test_validation_pictures(train_any, tmp_path):
     """student | teacher | training image, at step 0, every --validation_steps and at the end."""
     prompts = ["a red square", "a prompt that is no caption"]
-    train(
+    train_any(
         tmp_path,
         "--validation_prompt",
         *prompts,
@@ -178,17 +177,17 @@ def test_validation_pictures(train, tmp_path):
     assert student[0] != teacher[0]
 
 
-def test_unused_vae_does_not_change_the_training(train, tmp_path):
+def test_unused_vae_does_not_change_the_training(train_any, tmp_path):
     """The size of the latents follows from the VAE, also where no validation needs its weights."""
-    with_vae = train(tmp_path / "with", validation_steps=100, num_validation_images=1)
-    without = train(tmp_path / "without", validation_steps=0)
+    with_vae = train_any(tmp_path / "with", validation_steps=100, num_validation_images=1)
+    without = train_any(tmp_path / "without", validation_steps=0)
     assert_equal(with_vae / "checkpoint-2", without / "checkpoint-2")
 
 
-def test_two_processes_equal_one_with_twice_the_batch(flags, train, tmp_path, subprocess_env):
+def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subprocess_env):
     """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
     changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    one = train(tmp_path / "one", train_batch_size=2, **changes)
+    one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, **changes)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -202,36 +201,37 @@ def test_two_processes_equal_one_with_twice_the_batch(flags, train, tmp_path, su
         "--master_port",
         str(port),
     ]
-    command = [sys.executable, *launcher, str(ROOT / "train_dopsd_lora.py"), *flags(tmp_path / "two", **changes)]
+    command = [sys.executable, *launcher, train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)]
     result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    ours, theirs = load_file(one / LORA), load_file(tmp_path / "two" / LORA)
+    ours, theirs = load_file(one / train_any.result), load_file(tmp_path / "two" / train_any.result)
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
-    assert max(w.abs().max() for n, w in ours.items() if "lora_B" in n) > 1e-4
+    first, last = (tensors_of(one / f"checkpoint-{step}") for step in (1, 3))
+    assert max((first[n] - last[n]).abs().max() for n in first if n.startswith(train_any.student)) > 1e-4
 
 
-def test_checkpoint_is_complete_before_it_has_its_name(train, tmp_path, monkeypatch):
+def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monkeypatch):
     """A run killed while it saves must leave a folder that --resume_from_checkpoint latest does not take."""
-    train(tmp_path, max_train_steps=2)
+    train_any(tmp_path, max_train_steps=2)
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("json.dumps", killed)
-        patch.setattr(script, "settings_of", killed)
-        train(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+        patch.setattr(train_any.module, "settings_of", killed)
+        train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    train(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["step"] == 3
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train_any, tmp_path, monkeypatch):
     """A run that goes on with NaN overwrites what was good."""
-    train(tmp_path, max_train_steps=1)
-    saved = (tmp_path / LORA).read_bytes()
+    train_any(tmp_path, max_train_steps=1)
+    saved = (tmp_path / train_any.result).read_bytes()
     calls, velocity = [], DOPSDZImagePipeline.velocity
 
     def broken(self, *args):
@@ -240,7 +240,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train, tmp_path,
 
     monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
     with pytest.raises(ValueError, match="not finite"):
-        train(
+        train_any(
             tmp_path,
             max_train_steps=9,
             checkpointing_steps=1,
@@ -249,10 +249,10 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train, tmp_path,
         )
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert all(torch.isfinite(t.float()).all() for t in tensors_of(tmp_path / "checkpoint-3").values())
-    assert (tmp_path / LORA).read_bytes() == saved
+    assert (tmp_path / train_any.result).read_bytes() == saved
 
 
-def test_non_finite_gradient_does_not_reach_a_checkpoint(train, tmp_path, monkeypatch):
+def test_non_finite_gradient_does_not_reach_a_checkpoint(train_any, tmp_path, monkeypatch):
     """The loss can be finite where its gradient is not; one such step turns all weights into NaN."""
     calls, velocity = [], DOPSDZImagePipeline.velocity
 
@@ -263,14 +263,14 @@ def test_non_finite_gradient_does_not_reach_a_checkpoint(train, tmp_path, monkey
 
     monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
     with pytest.raises(ValueError, match="not finite"):
-        train(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
+        train_any(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
     (newest,) = tmp_path.glob("checkpoint-*")
     assert all(torch.isfinite(t.float()).all() for t in tensors_of(newest).values())
 
 
-def test_seed_makes_a_run_repeatable(train, tmp_path):
+def test_seed_makes_a_run_repeatable(train_any, tmp_path):
     """The same command gives the same LoRA, and --seed another one."""
-    first, second = train(tmp_path / "1"), train(tmp_path / "2")
-    assert_equal(first / LORA, second / LORA)
-    other = load_file(train(tmp_path / "3", seed=1) / LORA)
-    assert not any(torch.equal(w, other[n]) for n, w in load_file(first / LORA).items())
+    first, second = train_any(tmp_path / "1"), train_any(tmp_path / "2")
+    assert_equal(first / train_any.result, second / train_any.result)
+    other = load_file(train_any(tmp_path / "3", seed=1) / train_any.result)
+    assert not any(torch.equal(w, other[n]) for n, w in load_file(first / train_any.result).items())

@@ -49,7 +49,7 @@ def run(job):
     if not record.exists():
         torch.set_num_threads(args.threads)
         sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-        import train_sft_lora
+        import train_sft
 
         import train_dopsd_lora
 
@@ -65,7 +65,7 @@ def run(job):
             flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
         if method == "dreambooth":
             flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
-        module = train_dopsd_lora if method in ("dopsd", "control") else train_sft_lora
+        module = train_dopsd_lora if method in ("dopsd", "control") else train_sft
         module.main(module.parse_args([str(flag) for flag in flags]))
 
         judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder)

@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", default="arrow", choices=list(CONCEPTS))
     parser.add_argument("--dopsd", required=True, help="output folder of train_dopsd_lora.py")
-    parser.add_argument("--sft", required=True, help="output folder of train_sft_lora.py")
+    parser.add_argument("--sft", required=True, help="output folder of train_sft.py")
     parser.add_argument("--picture", default="demo.png")
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()

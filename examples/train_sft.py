@@ -1,9 +1,10 @@
-"""Ordinary fine-tuning of a step-distilled model with a LoRA, for comparison: what D-OPSD is measured against.
+"""Ordinary fine-tuning of a step-distilled model, for comparison: what D-OPSD is measured against.
 
-    python examples/train_sft_lora.py --pretrained_model_name_or_path ... --instance_data_dir ... --output_dir ...
+    python examples/train_sft.py --pretrained_model_name_or_path ... --instance_data_dir ... --output_dir ...
 
 Flow matching on the training images (SFT); with --class_prompt also on images that the model itself drew of that prompt
-(DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of train_dopsd_lora.py.
+(DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of train_dopsd_lora.py; with
+--full, all weights train and the output is that of train_dopsd_full.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import train_dopsd_full as full  # noqa: E402
 import train_dopsd_lora as dopsd  # noqa: E402
 from pipeline_dopsd import family_of  # noqa: E402
 
@@ -29,6 +31,8 @@ def parse_args(input_args=None):
     dopsd.add_lora_arguments(parser)
     dopsd.add_training_arguments(parser)
     dopsd.add_output_arguments(parser)
+    full.add_full_arguments(parser)
+    parser.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
     parser.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
     parser.add_argument("--num_class_images", type=int, default=100)
     parser.add_argument("--prior_loss_weight", type=float, default=1.0)
@@ -53,8 +57,8 @@ def flow_matching_loss(pipeline, latents, contexts, rng):
 @torch.no_grad()
 def encode(pipeline, images, captions):
     """Latents (N, C, h, w) of PIL `images` and, for each, the text contexts of its captions."""
-    pixels = torch.cat([pipeline.image_processor.preprocess(image) for image in images])
-    mean = pipeline.vae.encode(pixels.to(pipeline.device, pipeline.vae.dtype)).latent_dist.mean.float()
+    pixels = (pipeline.image_processor.preprocess(image).to(pipeline.device, pipeline.vae.dtype) for image in images)
+    mean = torch.cat([pipeline.vae.encode(image).latent_dist.mean.float() for image in pixels])
     latents = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
     return latents, [pipeline.encode_student(texts) for texts in captions]
 
@@ -84,10 +88,14 @@ def main(args):
         drawn = [pipeline(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
         prior = encode(pipeline, drawn, [[prompt] for prompt in prompts])
 
-    targets = dopsd.find_lora_targets(family, args)
-    dopsd.add_lora(pipeline, targets, args)
+    targets = None if args.full else dopsd.find_lora_targets(family, args)
+    if args.full:
+        full.make_trainable(pipeline, args)
+    else:
+        dopsd.add_lora(pipeline, targets, args)
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
-    optimizer, lr_scheduler = dopsd.make_optimizer(parameters, args)
+    optimizer = full.make_full_optimizer(parameters, args)
+    lr_scheduler = dopsd.make_lr_scheduler(optimizer, args)
     for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         with accelerator.autocast():
@@ -101,7 +109,11 @@ def main(args):
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    dopsd.save_lora(pipeline, pipeline.transformer, targets, args)
+    if args.full:
+        args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+        full.save_pipeline(pipeline.transformer, family, args)
+    else:
+        dopsd.save_lora(pipeline, pipeline.transformer, targets, args)
 
 
 if __name__ == "__main__":

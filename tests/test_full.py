@@ -1,0 +1,356 @@
+"""What train_dopsd_full.py does beyond the LoRA script: the whole teacher, memory, its own optimisers, its output."""
+
+import json
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DModel
+from safetensors.torch import load_file
+
+import train_dopsd_full as script
+from conftest import ROOT, WEIGHTS
+from pipeline_dopsd import DOPSDZImagePipeline
+
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+import memory  # noqa: E402
+
+
+@pytest.fixture
+def make_teacher(pipeline, train_full, tmp_path):
+    """A `FullTeacher` of the tiny transformer for some flags."""
+
+    def make(*switches, **changes):
+        pipeline.transformer.requires_grad_(True)
+        args = script.parse_args(train_full.flags(tmp_path, *switches, **changes))
+        return script.FullTeacher(pipeline.transformer, args, Accelerator(cpu=True))
+
+    return make
+
+
+def weights_of(folder, name="transformer"):
+    return load_file(folder / name / WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16])
+def test_average_is_exact_over_2000_updates(student_dtype):
+    """At decay 0.9999 an average that rounds stands still, and the teacher is the frozen base without saying so."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(4096, generator=generator)
+    student = weights.to(student_dtype)
+    shadow, exact = [student.float().clone()], student.double()
+    rounded, start = student.bfloat16().clone(), student.double()
+    for step in range(2000):
+        student = (weights + 0.01 * step).to(student_dtype)
+        script.update_ema(shadow, [student], 0.9999)
+        exact += (student.double() - exact) * (1 - 0.9999)
+        rounded += (student.bfloat16() - rounded) * (1 - 0.9999)
+    moved = exact - start
+    assert moved.abs().min() > 1e-3
+    assert ((shadow[0].double() - exact).abs() / moved.abs()).max() < 1e-3
+    assert ((rounded.double() - exact).abs() / moved.abs()).median() > 0.5  # what fp32 is for
+
+
+def test_frozen_and_live_teachers_hold_no_average(make_teacher):
+    """--ema_decay 1.0 is to keep no shadow at all, and 0.0 no second network either."""
+    frozen, live = make_teacher(ema_decay=1.0), make_teacher(ema_decay=0.0)
+    assert not frozen.shadow and not live.shadow
+    with live.network() as network:
+        assert network is live.student
+    before = {n: w.clone() for n, w in frozen.module.state_dict().items()}
+    with torch.no_grad():
+        next(frozen.student.parameters()).add_(1.0)
+    frozen.step()
+    with frozen.network() as network:
+        assert all(torch.equal(w, before[n]) for n, w in network.state_dict().items())
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_average_on_the_cpu_is_refreshed_at_the_stated_interval(make_teacher):
+    """A copy that is never refreshed is a frozen teacher; one refreshed in every step costs a transfer of all weights."""
+    teacher = make_teacher(ema_decay=0.5, ema_device="cpu", ema_refresh_steps=3)
+    name, parameter = next(iter(teacher.student.named_parameters()))
+    computing, average = teacher.module.state_dict()[name], teacher.shadow[name]
+    seen = []
+    for _ in range(6):
+        with torch.no_grad():
+            parameter.add_(1.0)
+        teacher.step()
+        seen.append((torch.equal(computing, average), computing.mean().item()))
+    assert [fresh for fresh, _ in seen] == [False, False, True, False, False, True]
+    assert seen[0][1] == seen[1][1] < seen[2][1] == seen[4][1] < seen[5][1]
+
+
+def test_average_on_the_cpu_trains_as_on_the_accelerator(train_full, tmp_path):
+    """Refreshed in every step, where the average is held must not change the result."""
+    one = train_full(tmp_path / "one", max_train_steps=3)
+    two = train_full(tmp_path / "two", max_train_steps=3, ema_device="cpu", ema_refresh_steps=1)
+    for network in ("transformer", "teacher"):
+        ours, theirs = (weights_of(folder / "checkpoint-3", network) for folder in (one, two))
+        assert all(torch.equal(w, theirs[n]) for n, w in ours.items())
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+def accelerate_environment(name):
+    """What `accelerate launch` makes of the FSDP part of a config file."""
+    config = yaml.safe_load((ROOT / "examples" / "accelerate" / name).read_text())
+    settings = {n.upper(): str(v).lower() for n, v in config["fsdp_config"].items()}
+    settings |= {n: settings[n].upper() for n in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
+    return {"ACCELERATE_USE_FSDP": "true", **settings}
+
+
+def test_fsdp_equals_one_process(train_full, tmp_path, subprocess_env):
+    """Student, teacher and optimiser in shards, interrupted and resumed: the weights of one process with the whole batch."""
+    changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
+    one = train_full(tmp_path / "one", max_train_steps=3, train_batch_size=2, **changes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(probe.getsockname()[1])]
+    for steps in (2, 3):
+        flags = train_full.flags(tmp_path / "two", max_train_steps=steps, resume_from_checkpoint="latest", **changes)
+        command = [sys.executable, *launcher, str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags]
+        environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
+        environment.pop("ACCELERATE_USE_CPU", None)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+    for folder, network in ((".", "transformer"), ("checkpoint-3", "transformer"), ("checkpoint-3", "teacher")):
+        ours, theirs = (weights_of(run / folder, network) for run in (one, tmp_path / "two"))
+        for name in ours:
+            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+    before = weights_of(tmp_path / "two" / "checkpoint-2")
+    assert max((theirs - before[n]).abs().max() for n, theirs in weights_of(tmp_path / "two").items()) > 1e-4
+    shard = next((tmp_path / "two" / "checkpoint-3").glob("optimizer*/*.distcp"))
+    assert shard.stat().st_size > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- optimisers
+MODES = {
+    "cpu average": ([], {"ema_device": "cpu", "ema_refresh_steps": 2}),
+    "adafactor": ([], {"optimizer": "adafactor"}),
+    "stochastic rounding": (["--stochastic_rounding"], {"mixed_precision": "bf16"}),
+    "fused": (["--fused_backward_pass"], {"max_grad_norm": 0}),
+    "frozen": ([], {"ema_decay": 1.0}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_is_exact_in_every_mode(train_full, tmp_path, mode):
+    """Ages of the average, factored or 8-bit states and random rounding must all go on where they stopped."""
+    switches, changes = MODES[mode]
+    whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4, checkpointing_steps=3)
+    part = train_full(tmp_path / "part", *switches, **changes, max_train_steps=3)
+    train_full(part, *switches, **changes, max_train_steps=4, resume_from_checkpoint="latest")
+    ours, theirs, before = weights_of(part), weights_of(whole), weights_of(whole / "checkpoint-3")
+    assert all(torch.equal(w, theirs[n]) for n, w in ours.items())
+    assert not all(torch.equal(w, before[n].to(w.dtype)) for n, w in ours.items())
+
+
+def test_stochastic_rounding_keeps_small_updates():
+    """Plain bf16 weights do not move at the learning rates of fine-tuning: training would change almost nothing."""
+    torch.manual_seed(0)
+    start, rate, steps = torch.full((4096,), 0.5), 1e-5, 100
+    moved = {}
+    for stochastic in (False, True):
+        parameter = torch.nn.Parameter(start.bfloat16())
+        flags = "--mixed_precision bf16 --learning_rate 1e-5" + (" --stochastic_rounding" if stochastic else "")
+        optimizer = script.make_full_optimizer([parameter], memory.parse(flags))
+        for _ in range(steps):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        moved[stochastic] = (start - parameter.detach().float()).mean().item()
+    assert moved[False] == 0.0
+    assert moved[True] == pytest.approx(rate * steps, rel=0.2)  # as Adam moves a weight with a constant gradient
+
+
+def losses_and_weights(pipeline, args, backward, fused, batch):
+    """Losses, weights and the most gradients held at once in one optimisation step of AdamW."""
+    accelerator, transformer = Accelerator(cpu=True, mixed_precision="no"), pipeline.transformer
+    teacher = script.FullTeacher(transformer, args, accelerator)
+    transformer.requires_grad_(True)
+    optimizer = script.make_full_optimizer(list(transformer.parameters()), args)
+    held = []
+    if fused:
+        script.fuse_updates(transformer.parameters(), optimizer)
+    for parameter in transformer.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(p.grad is not None for p in transformer.parameters()))
+        )
+    states = script.rollout(pipeline, transformer, teacher, batch, args, accelerator)
+    losses = backward(states, transformer, args, accelerator, True)
+    optimizer.step()
+    return losses, {n: p.detach().clone() for n, p in transformer.named_parameters()}, max(held)
+
+
+def test_update_during_the_backward_equals_the_ordinary_one(base, student, train_full, tmp_path):
+    """The memory of a gradient buffer is saved, and nothing else changes."""
+    batch, results = student.batch(2), []
+    for fused, backward in ((False, script.backward_each_state), (True, script.backward_all_states)):
+        args = script.parse_args(train_full.flags(tmp_path, rollout_steps=4, adam_epsilon=1e-3, learning_rate=1e-2))
+        pipeline = DOPSDZImagePipeline.from_pretrained(base)
+        results.append(losses_and_weights(pipeline, args, backward, fused, batch))
+    (losses, ordinary, held), (fused_losses, fused_weights, fused_held) = results
+    torch.testing.assert_close(fused_losses, losses)
+    start = weights_of(base)
+    assert max((w - start[n]).abs().max() for n, w in ordinary.items()) > 1e-3
+    for name, weight in ordinary.items():
+        torch.testing.assert_close(fused_weights[name], weight, rtol=0, atol=1e-5)
+    assert held > 20 and fused_held == 0  # none is left when the next arrives
+
+
+@pytest.mark.parametrize("flags", memory.SETTINGS)
+def test_memory_table_is_what_torch_allocates(flags, tmp_path):
+    """Users choose a card by the README's table."""
+    config = {
+        "dim": 384, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 64,
+        "in_channels": 4, "axes_dims": [8, 12, 12], "axes_lens": [64, 32, 32],
+    }  # fmt: skip
+    shapes = memory.shapes_of(ZImageTransformer2DModel, config)
+    args = memory.parse(flags)
+    transformer = ZImageTransformer2DModel(**config).bfloat16()
+    teacher = script.FullTeacher(transformer, args, Accelerator(cpu=True))
+    script.make_trainable(SimpleNamespace(transformer=transformer), args)
+    parameters = list(transformer.parameters())
+    optimizer = script.make_full_optimizer(parameters, args)
+    sizes = lambda tensors: sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())  # noqa: E731
+    gradients = []
+    if args.fused_backward_pass:
+        script.fuse_updates(parameters, optimizer)
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: gradients.append(p.numel() * p.element_size()))
+    sum((p.float() ** 2).sum() for p in parameters).backward()
+    held = sizes([p.grad for p in parameters if p.grad is not None])
+    optimizer.step()
+
+    expected = memory.held_bytes(shapes, args)
+    assert sizes(parameters) == pytest.approx(expected["weights"], rel=0.01)
+    assert (held if held else max(gradients, default=0)) <= 1.01 * expected["gradients"]
+    states = [t for s in optimizer.state.values() for t in flatten(s)]
+    assert sizes(states) == pytest.approx(expected["optimizer"], rel=0.02)
+    own = [] if teacher.module is transformer else [*teacher.module.parameters()]
+    assert sizes(own) == pytest.approx(expected["teacher"], rel=0.01)
+    on_host = teacher.shadow.values() if args.ema_device == "cpu" else []
+    assert sizes(on_host) == pytest.approx(expected["host"], rel=0.01)
+
+
+def flatten(value):
+    """The plain tensors in an optimiser's state, inside dicts and quantised tensors."""
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in flatten(v)]
+    if hasattr(value, "__tensor_flatten__"):
+        return [t for name in value.__tensor_flatten__()[0] for t in flatten(getattr(value, name))]
+    return [value] if torch.is_tensor(value) and value.numel() > 1 else []
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+@pytest.fixture(scope="module")
+def trained(train_full, tmp_path_factory):
+    return train_full(tmp_path_factory.mktemp("trained"), validation_steps=2, num_validation_images=1, learning_rate=1e-3)
+
+
+def test_output_is_a_pipeline_that_loads_in_every_way(trained, base):
+    """The stock class without remote code, the small pipeline of this project, and the folder's own code."""
+    stock = DiffusionPipeline.from_pretrained(trained)
+    assert type(stock) is ZImagePipeline
+    expected, before = weights_of(trained / "checkpoint-2"), weights_of(base)
+    weights = stock.transformer.state_dict()
+    assert all(torch.equal(w, expected[n]) for n, w in weights.items())
+    assert not any(torch.equal(w, before[n]) for n, w in weights.items() if n.endswith("to_q.weight"))
+    custom = DiffusionPipeline.from_pretrained(trained, custom_pipeline=str(trained), trust_remote_code=True)
+    for pipeline in (DOPSDZImagePipeline.from_pretrained(trained), custom):
+        images = [
+            p(prompt="a red square", height=32, width=32, num_inference_steps=2, guidance_scale=0.0,
+              generator=torch.Generator().manual_seed(0), output_type="np").images
+            for p in (pipeline, stock)
+        ]  # fmt: skip
+        assert (images[0] == images[1]).all()
+
+
+def test_output_holds_the_result_alone(trained):
+    """The teacher is thrown away; users download what they need."""
+    names = {p.name for p in trained.iterdir()} - {"checkpoint-2", "validation", "logs"}
+    assert names == {
+        "transformer", "text_encoder", "tokenizer", "vae", "scheduler", "model_index.json", "pipeline.py",
+        "pipeline_dopsd.py", "dopsd_settings.json", "README.md",
+    }  # fmt: skip
+    assert (trained / "checkpoint-2" / "teacher" / WEIGHTS).is_file()
+
+
+def test_checkpoint_has_the_hubs_layout(trained):
+    """A checkpoint can be looked at with the ordinary classes, whatever the number of processes that wrote it."""
+    transformer = ZImageTransformer2DModel.from_pretrained(trained / "checkpoint-2", subfolder="transformer")
+    expected = weights_of(trained / "checkpoint-2")
+    assert all(torch.equal(w, expected[n]) for n, w in transformer.state_dict().items())
+
+
+def test_large_transformers_are_sharded(trained, monkeypatch, tmp_path):
+    """One file of 25 GB fails on many file systems; diffusers and a resume read the shards."""
+    save = script.save_torch_state_dict
+    monkeypatch.setattr(script, "save_torch_state_dict", lambda *a, **k: save(*a, **k, max_shard_size="200KB"))
+    transformer = ZImageTransformer2DModel.from_pretrained(trained, subfolder="transformer")
+    tensors = transformer.state_dict()
+    script.save_weights(tensors, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    transformer.save_config(tmp_path)
+    loaded = ZImageTransformer2DModel.from_pretrained(tmp_path).state_dict()
+    again = {n: torch.zeros_like(w) for n, w in tensors.items()}
+    script.load_weights(again, tmp_path)
+    assert all(torch.equal(w, loaded[n]) and torch.equal(w, again[n]) for n, w in tensors.items())
+
+
+def test_other_number_of_steps_is_remembered(train_full, tmp_path):
+    """A model distilled to another number of steps must not be run with the family's."""
+    folder = train_full(tmp_path, num_inference_steps=3, max_train_steps=1)
+    assert DOPSDZImagePipeline.from_pretrained(folder).config.num_inference_steps == 3
+    assert json.loads((folder / "model_index.json").read_text())["num_inference_steps"] == 3
+
+
+def test_weights_are_saved_in_the_dtype_of_the_base(train_full, tmp_path):
+    """Trained in fp32, an fp32 file would be twice as large as the base's without holding more."""
+    folder = train_full(tmp_path, mixed_precision="bf16", max_train_steps=1)
+    assert {w.dtype for w in weights_of(folder).values()} == {torch.bfloat16}
+    for network in ("transformer", "teacher"):
+        assert {w.dtype for w in weights_of(folder / "checkpoint-1", network).values()} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("switches", "changes", "words"),
+    [
+        ([], {"ema_refresh_steps": 0}, "--ema_refresh_steps must be at least 1"),
+        (["--use_8bit_adam"], {"optimizer": "adafactor"}, "--use_8bit_adam"),
+        (["--use_8bit_adam", "--stochastic_rounding"], {}, "leave out --use_8bit_adam"),
+        (["--fused_backward_pass"], {}, "--max_grad_norm 0"),
+        (["--fused_backward_pass"], {"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "--gradient_accumulation"),
+        (["--stochastic_rounding"], {"mixed_precision": "no"}, "--mixed_precision bf16"),
+        (["--fused_backward_pass"], {"max_grad_norm": 0, "mixed_precision": "fp16"}, "--mixed_precision bf16"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_together(train_full, tmp_path, monkeypatch, capsys, switches, changes, words):
+    """Found before weights load."""
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises((script.InputError, SystemExit)) as caught:
+        train_full(tmp_path, *switches, **changes)
+    message = capsys.readouterr().err if caught.type is SystemExit else str(caught.value)
+    assert words in message
+
+
+def test_fused_run_stops_before_a_broken_update(train_full, tmp_path, monkeypatch):
+    """Weights that are updated during the backward cannot be saved from a NaN afterwards."""
+    calls, velocity = [], DOPSDZImagePipeline.velocity
+
+    def broken(self, *args):
+        calls.append(1)
+        return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 else 1.0)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    with pytest.raises(script.InputError, match="not finite"):
+        train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0, checkpointing_steps=1, max_train_steps=4)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]

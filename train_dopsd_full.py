@@ -1,0 +1,1108 @@
+#!/usr/bin/env python
+# Copyright 2026 The D-OPSD training scripts authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.7",
+#     "torchao>=0.13",
+#     "diffusers>=0.42.0",
+#     "transformers>=5.5",
+#     "accelerate>=1.10",
+#     "datasets>=4.0",
+#     "huggingface_hub>=1.0",
+#     "safetensors>=0.5",
+#     "Pillow>=10.1",
+#     "tensorboard",
+# ]
+# ///
+"""Fine-tunes a whole step-distilled text-to-image model and keeps its few-step quality.
+
+D-OPSD (https://arxiv.org/abs/2605.05204): the student sees the prompt and rolls out its own few steps; the teacher, an EMA of
+the student that also sees the training image, predicts the velocity at the same states; the student matches it.
+
+    accelerate launch train_dopsd_full.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
+        --dataset_name my_dataset --output_dir my_model --mixed_precision bf16 --gradient_checkpointing
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    fsdp2_prepare_model,
+    set_seed,
+)
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Image as ImageFeature
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    find_nearest_bucket,
+    free_memory,
+    generate_aspect_ratio_buckets,
+)
+from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    create_repo,
+    save_torch_state_dict,
+    snapshot_download,
+    upload_folder,
+)
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
+
+import pipeline_dopsd
+from pipeline_dopsd import MultimodalEncoder, family_of
+
+
+# Raises if the minimal version of diffusers is not installed.
+check_min_version("0.42.0")
+
+logger = get_logger(__name__)
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SETTINGS_NAME = "dopsd_settings.json"
+STATE_NAME = "trainer_state.json"
+# flags that a resumed run must share with the run before it
+FIXED_ON_RESUME = {"seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding"}
+
+
+class InputError(ValueError):
+    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+def add_model_arguments(parser):
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
+    add("--revision", help="Revision of the base on the Hub.")
+    add("--variant", help="Variant of the base's weight files, for example fp16.")
+    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
+        "images for the teacher. Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.")
+    add("--teacher_max_pixels", type=int, default=768 * 768, help="Area above which images are scaled down for the VLM; "
+        "fewer pixels give a shorter teacher context.")  # fmt: skip
+
+
+def add_data_arguments(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--instance_data_dir", help="Folder of images with captions as NAME.txt beside each (one caption per line) or in "
+        "metadata.jsonl or metadata.csv (imagefolder format).")
+    add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--image_column", default="image", help="Column of the dataset that holds the images.")
+    add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
+    add("--instance_prompt", help="Caption of every image that has none.")
+    add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
+        "area and the nearest aspect ratio.")
+    add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
+
+
+def add_dopsd_arguments(parser):
+    add = parser.add_argument_group("D-OPSD").add_argument
+    add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
+        "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
+    add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
+    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
+        "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
+
+
+def add_training_arguments(parser):
+    add = parser.add_argument_group("training").add_argument
+    add("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
+    add("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
+    add("--learning_rate", type=float, default=1e-4)
+    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
+    add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
+
+
+def add_output_arguments(parser):
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True)
+    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
+    add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
+    add("--validation_prompt", nargs="+", help="Prompts of the validation picture; the teacher sees a training image with "
+        "each. Default: training captions.")
+    add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
+    add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
+    add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
+
+
+def add_full_arguments(parser):
+    add = parser.add_argument_group("full fine-tuning").add_argument
+    add("--ema_device", choices=["accelerator", "cpu"], default="accelerator", help="Where the teacher's fp32 average is "
+        "held. cpu: a copy in the dtype of --mixed_precision computes on the accelerator.")
+    add("--ema_refresh_steps", type=int, default=10, help="With --ema_device cpu: steps between refreshes of that copy.")
+    add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="adafactor: without momentum, factored states.")
+    add("--stochastic_rounding", action="store_true", help="Hold the weights in bf16 alone; AdamW of torchao with 8-bit "
+        "states rounds each update at random, so that small ones are not lost.")
+    add("--fused_backward_pass", action="store_true", help="Update each weight during the backward and free its gradient: no "
+        "gradient buffer, but the graphs of all K states at once, no clipping, one process.")  # fmt: skip
+
+
+def check_full_arguments(parser, args):
+    """One error for flags that do not go together."""
+    if args.ema_refresh_steps < 1:
+        parser.error(f"--ema_refresh_steps must be at least 1, not {args.ema_refresh_steps}")
+    if args.optimizer != "adamw" and (args.use_8bit_adam or args.stochastic_rounding):
+        parser.error(f"--use_8bit_adam and --stochastic_rounding are AdamW, not --optimizer {args.optimizer}: leave one out")
+    if args.use_8bit_adam and args.stochastic_rounding:
+        parser.error("--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam")
+    if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
+        parser.error("--fused_backward_pass holds no gradient to add to: give --gradient_accumulation_steps 1")
+    if args.fused_backward_pass and args.max_grad_norm > 0:
+        parser.error("--fused_backward_pass cannot clip the norm of a gradient that is never held: give --max_grad_norm 0")
+
+
+def check_arguments(parser, args):
+    """One error for flags that cannot work, before anything is read."""
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --instance_data_dir or --dataset_name")
+    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0.0 <= args.ema_decay <= 1.0:
+        parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
+    if args.checkpointing_steps < 1:
+        parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
+    args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_dopsd_arguments(parser)
+    add_full_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser)
+    args = parser.parse_args(input_args)
+    check_arguments(parser, args)
+    check_full_arguments(parser, args)
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+def read_folder(folder, instance_prompt):
+    """Dataset with `image` and `captions` of a folder whose captions are NAME.txt files or `instance_prompt`.
+
+    Raises:
+        ValueError: no images, an image without caption, or a caption file without image.
+    """
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    stems = {p.stem for p in images}
+    for path in files:
+        if path.suffix == ".txt" and path.stem not in stems:
+            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+    if not images:
+        raise ValueError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    captions = []
+    for path in images:
+        text = path.with_suffix(".txt")
+        lines = [line.strip() for line in text.read_text("utf-8-sig").splitlines()] if text.exists() else [instance_prompt]
+        lines = [line for line in lines if line]
+        if not lines:
+            raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
+        captions.append(lines)
+    # the size and time of each file make the cache of `inspect_images` a cache of these very images
+    stamps = [[p.stat().st_size, p.stat().st_mtime_ns] for p in images]
+    rows = {"image": [str(p) for p in images], "captions": captions, "stamp": stamps}
+    return Dataset.from_generator(columns_to_rows, gen_kwargs={"columns": rows}).remove_columns("stamp")
+
+
+def columns_to_rows(columns):
+    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values))
+
+
+def read_dataset(args):
+    """Dataset with the columns `image` (undecoded) and `captions` (a list of strings).
+
+    Raises:
+        ValueError: missing or empty data, a missing column, or an image without caption.
+    """
+    folder = Path(args.instance_data_dir) if args.instance_data_dir else None
+    if folder and not folder.is_dir():
+        raise ValueError(f"--instance_data_dir {folder} is no folder.")
+    if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
+        return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
+    if folder:
+        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    else:
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
+    if args.image_column not in dataset.column_names:
+        raise ValueError(f"--image_column {args.image_column!r} is none of the columns {dataset.column_names}.")
+    if args.caption_column not in dataset.column_names and not args.instance_prompt:
+        raise ValueError(
+            f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
+            "name the column, or give --instance_prompt."
+        )
+
+    def captions_of(row, index):
+        captions = row.get(args.caption_column) or args.instance_prompt
+        captions = [c for c in ([captions] if isinstance(captions, str) else captions or []) if c and c.strip()]
+        if not captions:
+            raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
+        return {"captions": captions}
+
+    dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))
+    texts = dataset.remove_columns(args.image_column)  # so that no image is copied into the cache
+    texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
+    images = dataset.select_columns([args.image_column])
+    images = images if args.image_column == "image" else images.rename_column(args.image_column, "image")
+    return concatenate_datasets([images, texts], axis=1)
+
+
+def load_image(source):
+    """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
+
+    Raises:
+        ValueError: the image cannot be read; the message names it.
+    """
+    name = source["path"] or "an image of the dataset"
+    try:
+        image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
+            pixels = np.asarray(image, dtype=np.float64) / 65535 * 255
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
+
+
+def inspect_images(dataset, buckets):
+    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`. Every image is decoded once; a later
+    run on the same images reads the result from the cache of datasets."""
+
+    def inspect(row):
+        image = load_image(row["image"])
+        data = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
+        return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
+
+    added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
+    return concatenate_datasets([dataset, added], axis=1)
+
+
+def training_image(row):
+    """The row's image, resized and centre-cropped to its bucket."""
+    height, width = row["bucket"]
+    return ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(buckets, batch_size, seed, epoch):
+    """Batches of row indices for one epoch, each from one bucket; short batches are filled up from the bucket's start."""
+    rng = np.random.default_rng([seed, epoch])
+    batches = []
+    for bucket in sorted(set(buckets)):
+        rows = rng.permutation([i for i, b in enumerate(buckets) if b == bucket])
+        rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
+        batches += list(rows.reshape(-1, batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def draw_batch(buckets, batch_size, micro_step, process, num_processes, seed):
+    """Row indices and a random generator for each image of a process's micro-batch.
+
+    It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
+    two processes draw what one process with twice the batch would.
+    """
+    total = batch_size * num_processes
+    per_epoch = len(epoch_order(buckets, total, seed, 0))
+    order = epoch_order(buckets, total, seed, micro_step // per_epoch)
+    slots = range(process * batch_size, (process + 1) * batch_size)
+    rows = order[micro_step % per_epoch][slots.start : slots.stop]
+    return [(int(row), np.random.default_rng([seed, micro_step, slot])) for row, slot in zip(rows, slots)]
+
+
+# ----------------------------------------------------------------------------------------------------------- contexts
+def fingerprint(model_name_or_path, patterns, revision):
+    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network.
+
+    In the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes.
+    """
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        if path.is_symlink() and path.resolve().parent.name == "blobs":
+            digest.update(path.resolve().name.encode())
+            continue
+        with path.open("rb") as file:
+            for chunk in iter(lambda: file.read(2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ContextCache:
+    """Student and teacher contexts of (image, caption) pairs, one memory-mapped safetensors file each.
+
+    The key changes whenever image, crop, caption, models or settings change.
+    """
+
+    def __init__(self, args):
+        self.folder = Path(args.context_cache_dir)
+        self.models = [
+            fingerprint(args.pretrained_model_name_or_path, ["text_encoder/*", "tokenizer/*"], args.revision),
+            fingerprint(args.vlm_model_name_or_path, ["*.json", "*.jinja", "*.txt", "*.safetensors"], None),
+            args.teacher_max_pixels,
+            str(weight_dtype_of(args)),
+        ]
+
+    def path(self, row, caption):
+        key = json.dumps([self.models, row["image_hash"], row["bucket"], caption])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def read(self, row, caption):
+        """(student context, teacher context), each (tokens, dim)."""
+        tensors = load_file(self.path(row, caption))
+        return tensors["student"], tensors["teacher"]
+
+    def write(self, row, caption, student, teacher):
+        path = self.path(row, caption)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"student": student.cpu().contiguous(), "teacher": teacher.cpu().contiguous()}, aside)
+        os.replace(aside, path)
+
+
+def weight_dtype_of(args):
+    """dtype of the frozen weights: that of mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
+
+
+def check_contexts(family, args, dataset, pairs):
+    """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
+    base = args.pretrained_model_name_or_path
+    encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
+    config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
+    longest, buckets = family.max_context_length(config), list(map(tuple, dataset["bucket"]))
+    without_caption = {bucket: encoder.context_length("", *bucket) for bucket in set(buckets)}
+    for index, caption in pairs:
+        # a token is at least one byte: of most captions no token needs to be counted
+        length = without_caption[buckets[index]] + len(caption.encode())
+        if length > longest and (length := encoder.context_length(caption, *buckets[index])) > longest:
+            raise ValueError(
+                f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
+                f"transformer's position table holds {longest}. Lower --teacher_max_pixels or shorten the caption."
+            )
+
+
+def encode_contexts(family, args, cache, dataset, pairs, accelerator):
+    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees both encoders."""
+    keys = list(dataset.select_columns(["image_hash", "bucket"]))
+    missing = [(index, caption) for index, caption in pairs if not cache.path(keys[index], caption).exists()]
+    logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    pipeline = family.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        vae=None,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=weight_dtype_of(args),
+    ).to(accelerator.device)
+    pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
+        row = dataset[index]
+        student = pipeline.encode_student([caption])[0]
+        teacher = pipeline.encode_teacher([caption], [training_image(row)])[0]
+        cache.write(row, caption, student, teacher)
+    del pipeline
+    free_memory()
+    accelerator.wait_for_everyone()
+
+
+# ------------------------------------------------------------------------------------------------------------- method
+def state_loss(student_velocity, teacher_velocity, sigma, weighting):
+    """w_k || u_s - sg(u_t) ||^2, mean over elements.
+
+    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
+    the authors' code trains with.
+    """
+    weight = sigma**2 if weighting == "x0" else 1.0
+    return weight * torch.nn.functional.mse_loss(student_velocity, teacher_velocity.detach())
+
+
+@torch.no_grad()
+def update_ema(shadow, parameters, decay):
+    """theta_bar <- decay * theta_bar + (1 - decay) * theta, in the dtype of `shadow` (fp32: bf16 would round it away)."""
+    for average, parameter in zip(shadow, parameters, strict=True):
+        average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
+
+
+def rollout(pipeline, transformer, teacher, batch, args, accelerator):
+    """Yields w_k || u_s - sg(u_t) ||^2 for each state of the student's own K-step rollout.
+
+    At state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
+                       u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
+                       x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
+    States are not differentiated through, and the forward that drives the rollout is the one that is trained.
+    """
+    latents, student_contexts, teacher_contexts = batch
+    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
+    timesteps = pipeline.few_step_grid(args.rollout_steps, height, width, latents.device)
+    for k, timestep in enumerate(timesteps):
+        # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
+        with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
+            teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
+        with accelerator.autocast():
+            student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
+        yield state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
+        latents = pipeline.scheduler.step(student_velocity.detach(), timestep, latents, return_dict=False)[0]
+
+
+def backward_each_state(losses, transformer, args, accelerator, synchronize):
+    """Accumulates the gradient of L = (1/K) sum_k loss_k and returns the K losses (K,).
+
+    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with K.
+    `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with FSDP
+    every backward does, because gradients that wait for others are held whole).
+    """
+    values = []
+    for k in range(args.rollout_steps):
+        last = synchronize and k == args.rollout_steps - 1
+        with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(transformer):
+            loss = next(losses)
+            accelerator.backward(loss / (args.rollout_steps * args.gradient_accumulation_steps))
+        values.append(loss.detach())
+    return torch.stack(values)
+
+
+def backward_all_states(losses, transformer, args, accelerator, synchronize):
+    """As `backward_each_state`, with one backward at the end, during which the weights may change (see `fuse_updates`)."""
+    values = torch.stack(list(losses))
+    check_finite(values.tolist())
+    accelerator.backward(values.mean())
+    return values.detach()
+
+
+class FullTeacher:
+    """theta_bar of the whole transformer, held as `--ema_decay` and `--ema_device` ask for.
+
+    decay 0: the student itself. decay 1: a frozen copy in the compute dtype. Otherwise an fp32 average: on the accelerator
+    it computes under autocast; on the CPU it is copied every `--ema_refresh_steps` to a network in the compute dtype.
+    """
+
+    def __init__(self, transformer, args, accelerator):
+        self.student, self.module, self.shadow = transformer, transformer, {}
+        self.decay, self.refresh_steps, self.age = args.ema_decay, args.ema_refresh_steps, 0
+        averaged = 0 < self.decay < 1
+        self.on_cpu = averaged and args.ema_device == "cpu"
+        if self.decay > 0:
+            self.module = copy.deepcopy(transformer).requires_grad_(False)
+        if averaged and not self.on_cpu:
+            self.module.float()
+        if self.decay > 0 and accelerator.is_fsdp2:
+            self.module = fsdp2_prepare_model(accelerator, self.module)
+        if averaged:
+            weights = self.module.state_dict()
+            to_cpu = {"device": "cpu", "dtype": torch.float32, "copy": True}
+            self.shadow = {n: w.to(**to_cpu) for n, w in weights.items()} if self.on_cpu else weights
+
+    def step(self):
+        """To be called after each update of the student."""
+        if not self.shadow:
+            return
+        update_ema(self.shadow.values(), self.student.state_dict().values(), self.decay)
+        self.age += 1
+        if not self.on_cpu or self.age == self.refresh_steps:
+            self.refresh()
+
+    def refresh(self):
+        """Brings the network up to the average; also at checkpoints, since a resumed run starts so."""
+        self.age = 0
+        if self.on_cpu:
+            self.module.load_state_dict(self.shadow)
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()  # what the last forward gathered is out of date
+
+    def network(self):
+        """Context manager that gives the transformer that computes with theta_bar."""
+        return contextlib.nullcontext(self.module)
+
+
+def make_batch(pipeline, rows, cache, draws, device):
+    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
+    noise, student_contexts, teacher_contexts = [], [], []
+    for index, rng in draws:
+        row = rows[index]
+        student, teacher = cache.read(row, row["captions"][rng.integers(len(row["captions"]))])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        noise.append(pipeline.initial_noise(*row["bucket"], generator))
+        student_contexts.append(student.to(device))
+        teacher_contexts.append(teacher.to(device))
+    return torch.cat(noise).to(device), student_contexts, teacher_contexts
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+def validation_pairs(dataset, args):
+    """(row index, prompt) of each row of the validation picture."""
+    prompts = args.validation_prompt or [None] * args.num_validation_images
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        index = i % len(dataset)
+        captions = dataset[index]["captions"]
+        pairs.append((index, prompt or captions[i // len(dataset) % len(captions)]))
+    return pairs
+
+
+@torch.no_grad()
+def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
+    """Writes a picture with a row per pair: student | teacher | training image. Runs the sampler that users will run."""
+    student, pictures = pipeline.transformer, []
+    for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
+        row = dataset[index]
+        height, width = row["bucket"]
+        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, prompt)):
+            noise = pipeline.initial_noise(height, width, torch.Generator().manual_seed(args.seed + number))
+            inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
+            with network as pipeline.transformer, accelerator.autocast():
+                pictures.append(pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0])
+        pictures.append(training_image(row))
+    pipeline.transformer = student
+    if not accelerator.is_main_process:
+        return
+    pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
+    grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step-{step:06d}.png")
+    logger.info(f"Validation (student | teacher | training image): {folder}/step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"student | teacher | training image": np.asarray(grid)[None]}, step=step, **layout)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+def list_checkpoints(output_dir):
+    """Complete checkpoint folders, oldest first."""
+    return sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(args):
+    """The checkpoint folder to resume from, or None.
+
+    Raises:
+        ValueError: it is missing or incomplete, or it was made with other settings.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    path = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        found = list_checkpoints(args.output_dir)
+        if not found:
+            return None
+        path = found[-1]
+    try:
+        state = json.loads((path / STATE_NAME).read_text())
+        for name, size in state["files"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written ({error}).") from error
+    for name, value in state["settings"].items():
+        if name in FIXED_ON_RESUME and value != getattr(args, name):
+            raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {value}.")
+    return path
+
+
+def save_weights(tensors, folder, dtype=None):
+    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process."""
+    gathered, main = {}, PartialState().is_main_process
+    for name, tensor in tensors.items():
+        # the clone leaves out the padding of a tensor that does not divide evenly over the processes
+        whole = tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach()
+        if main:
+            gathered[name] = whole.to("cpu", dtype).contiguous()
+    if main:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(gathered, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
+@torch.no_grad()
+def load_weights(tensors, folder):
+    """Copies what `save_weights` wrote into `tensors`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, saved in load_file(path).items():
+            target = tensors[name]
+            if isinstance(target, DTensor):
+                saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
+            target.copy_(saved)
+
+
+def register_checkpoint_hooks(accelerator, networks):
+    """Makes accelerate save and load exactly `networks` (folder name -> name -> live tensor), as safetensors."""
+
+    def save(models, weights, output_dir):
+        weights.clear()
+        for network, tensors in networks.items():
+            save_weights(tensors, Path(output_dir) / network)
+
+    def load(models, input_dir):
+        models.clear()
+        for network, tensors in networks.items():
+            load_weights(tensors, Path(input_dir) / network)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator, args, step):
+    """Writes checkpoint-STEP aside, renames it when complete, and only then removes the oldest beyond the limit."""
+    final = Path(args.output_dir) / f"checkpoint-{step}"
+    aside = Path(args.output_dir) / f".checkpoint-{step}.tmp"
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+        state = {"step": step, "settings": settings_of(args), "files": files}
+        (aside / STATE_NAME).write_text(json.dumps(state, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        if args.checkpoints_total_limit:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def settings_of(args):
+    """The run's flags, without the token."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def register_full_hooks(accelerator, transformer, teacher, networks):
+    """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are
+    written that make the folders loadable."""
+
+    def prepare(models, weights, output_dir):
+        teacher.refresh()
+        if accelerator.is_main_process:
+            for network in networks:
+                transformer.save_config(Path(output_dir) / network)
+
+    accelerator.register_save_state_pre_hook(prepare)
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+def save_pipeline(transformer, family, args):
+    """Writes OUTPUT_DIR in the Hub's layout of the base: the trained transformer, the base's other parts, the pipeline's code."""
+    folder, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
+    aside = folder / ".transformer.tmp"
+    save_weights(transformer.state_dict(), aside, weight_dtype_of(args))
+    if not PartialState().is_main_process:
+        return
+    transformer.save_config(aside)
+    shutil.rmtree(folder / "transformer", ignore_errors=True)
+    aside.rename(folder / "transformer")
+    if not base.is_dir():
+        base = Path(snapshot_download(str(base), revision=args.revision, ignore_patterns=["transformer/*"]))
+    index = json.loads((base / "model_index.json").read_text())
+    for name in component_folders(index):
+        if name != "transformer":
+            shutil.copytree(base / name, folder / name, dirs_exist_ok=True)
+    if args.num_inference_steps != family.default_num_inference_steps:
+        index["num_inference_steps"] = args.num_inference_steps
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
+    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__}  # noqa: F401\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
+
+
+def component_folders(index):
+    """Names of the components, each a folder, that a model_index.json lists."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0]]
+
+
+def save_full_card(args):
+    """README.md of the repository, written without asking the Hub anything."""
+    base = args.pretrained_model_name_or_path
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    data = ModelCardData(base_model=base, library_name="diffusers", tags=["text-to-image", "diffusers", "d-opsd"])
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+[{base}](https://huggingface.co/{base}), fine-tuned as a whole with D-OPSD (https://arxiv.org/abs/2605.05204) on its own
+{args.rollout_steps}-step rollouts. It is used as the base is: {args.num_inference_steps} steps, no guidance.
+
+```py
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
+image = pipe("your prompt", num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
+```
+
+{args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
+"""
+    (Path(args.output_dir) / "README.md").write_text(content)
+    ModelCard(content)  # raises if the metadata is not valid YAML
+
+
+def push_pipeline_to_hub(args):
+    """Pushes the pipeline's folder, without checkpoints, logs and contexts, in one commit."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    repo = create_repo(name, token=args.hub_token, exist_ok=True)
+    folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
+    files = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
+    upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=[*files, *(f"{name}/*" for name in folders)],
+        commit_message="Model fine-tuned with D-OPSD",
+        token=args.hub_token,
+    )
+    logger.info(f"Pushed to {repo}")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def check_inputs(args):
+    """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
+
+    Raises:
+        ValueError: with one sentence that names the flag or file.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    checkpoint = find_checkpoint(args)
+    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
+    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
+    multiple = family.size_multiple(vae_config)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
+    dataset = inspect_images(read_dataset(args), buckets)
+    pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
+    if args.validation_steps:
+        pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
+    check_contexts(family, args, dataset, pairs)
+    return family, dataset, checkpoint, pairs
+
+
+def make_accelerator(args):
+    """Accelerator, logging and seeds; `args.mixed_precision` becomes what accelerate resolved it to."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    if not accelerator.is_main_process:
+        transformers.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def load_for_training(family, args, accelerator):
+    """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
+    pipeline = family.from_pretrained(
+        args.pretrained_model_name_or_path,
+        text_encoder=None,
+        tokenizer=None,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=weight_dtype_of(args),
+    )
+    if not args.validation_steps:
+        pipeline.vae = None  # it was needed for its scale factor alone
+    pipeline.set_progress_bar_config(disable=True)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    pipeline.to(accelerator.device)
+    if args.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    return pipeline
+
+
+def make_trainable(pipeline, args):
+    """All weights of the transformer train: in fp32 under autocast, or in bf16 with stochastic rounding."""
+    pipeline.transformer.requires_grad_(True).train()
+    if not args.stochastic_rounding:
+        pipeline.transformer.float()
+    count = sum(p.numel() for p in pipeline.transformer.parameters())
+    logger.info(f"Full fine-tuning: {count:,} parameters in {pipeline.transformer.dtype}.")
+
+
+def make_adamw(parameters, args):
+    """AdamW, with 8-bit states on request."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def make_full_optimizer(parameters, args):
+    """AdamW, Adafactor, or torchao's 8-bit AdamW that rounds bf16 weights stochastically."""
+    if args.optimizer == "adafactor":
+        fixed_rate = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        return Adafactor(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, **fixed_rate)
+    if not args.stochastic_rounding:
+        return make_adamw(parameters, args)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        bf16_stochastic_round=True,
+    )
+
+
+def fuse_updates(parameters, optimizer):
+    """Makes a backward update each weight as soon as its gradient is complete, and free the gradient.
+
+    `optimizer.step()` skips weights without gradient, so each call updates one weight.
+    """
+
+    def update(parameter):
+        optimizer.step()
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(update)
+
+
+def make_lr_scheduler(optimizer, args):
+    """Learning-rate schedule in optimisation steps."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+def peak_memory_gib(device):
+    """Peak of the GPU's allocated memory; on the CPU, the process's resident memory."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return peak / 2**30
+
+
+def resume(accelerator, lr_scheduler, networks, checkpoint):
+    """Registers what checkpoints hold and loads `checkpoint`, if there is one. Returns the step to start from."""
+    accelerator.register_for_checkpointing(lr_scheduler)
+    register_checkpoint_hooks(accelerator, networks)
+    if not checkpoint:
+        return 0
+    accelerator.load_state(str(checkpoint))
+    step = json.loads((checkpoint / STATE_NAME).read_text())["step"]
+    logger.info(f"Resumed from {checkpoint} at step {step}.")
+    return step
+
+
+def check_finite(losses, grad_norm=0.0):
+    """Stops a run that has diverged before the update spoils the weights."""
+    if not all(map(math.isfinite, [*losses, grad_norm])):
+        raise InputError(
+            f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept. Lower "
+            "--learning_rate or use --mixed_precision bf16."
+        )
+
+
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator):
+    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    # FSDP gathers weights in every forward, so all processes must take part in a validation
+    validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
+    validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
+    if validating and first_step == 0:
+        validate(0)
+    rows, buckets = dataset.remove_columns("image"), tuple(map(tuple, dataset["bucket"]))
+    bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
+               disable=not accelerator.is_local_main_process)  # fmt: skip
+    for step in bar:
+        started = time.perf_counter()
+        losses = 0.0
+        for micro in range(args.gradient_accumulation_steps):
+            micro_step = step * args.gradient_accumulation_steps + micro
+            draws = draw_batch(buckets, args.train_batch_size, micro_step, accelerator.process_index,
+                               accelerator.num_processes, args.seed)  # fmt: skip
+            batch = make_batch(pipeline, rows, cache, draws, accelerator.device)
+            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
+            synchronize = micro == args.gradient_accumulation_steps - 1
+            losses += backward(states, transformer, args, accelerator, synchronize)
+        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean").tolist()
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        # with fp16 the gradient scaler skips a step whose gradient is not finite
+        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        teacher.step()
+
+        done = step + 1
+        logs = {"loss": sum(losses) / len(losses), **{f"loss/state_{k + 1}": value for k, value in enumerate(losses)}}
+        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+        logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
+        bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+        accelerator.log(logs, step=done)
+        if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
+            validate(done)
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+            save_checkpoint(accelerator, args, done)
+
+
+def check_full_inputs(args, accelerator):
+    """What is wrong with full fine-tuning on this machine; see `check_inputs` for the rest.
+
+    Raises:
+        ValueError: with one sentence that names the flag.
+    """
+    if args.stochastic_rounding and not is_torchao_available():
+        raise ValueError("--stochastic_rounding needs torchao: pip install torchao.")
+    if args.stochastic_rounding and args.mixed_precision != "bf16":
+        raise ValueError("--stochastic_rounding holds the weights in bf16: give --mixed_precision bf16.")
+    if args.fused_backward_pass and args.mixed_precision == "fp16":
+        raise ValueError("--fused_backward_pass cannot unscale the gradients of fp16: give --mixed_precision bf16.")
+    if args.fused_backward_pass and accelerator.num_processes > 1:
+        raise ValueError("--fused_backward_pass runs in one process; leave it out, or launch with --num_processes 1.")
+    if args.ema_device == "cpu" and accelerator.is_fsdp2:
+        raise ValueError("--ema_device cpu does not go with FSDP, which shards the average; use --ema_device accelerator.")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config.")
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    try:
+        with accelerator.main_process_first():
+            check_full_inputs(args, accelerator)
+            family, dataset, checkpoint, pairs = check_inputs(args)
+    except (ValueError, OSError) as error:
+        raise InputError(error) from error
+    cache = ContextCache(args)
+    encode_contexts(family, args, cache, dataset, pairs, accelerator)
+
+    pipeline = load_for_training(family, args, accelerator)
+    teacher = FullTeacher(pipeline.transformer, args, accelerator)
+    make_trainable(pipeline, args)
+    optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args)
+    lr_scheduler = make_lr_scheduler(optimizer, args)
+    if args.fused_backward_pass:
+        fuse_updates(pipeline.transformer.parameters(), optimizer)
+    transformer, optimizer = accelerator.prepare(pipeline.transformer, optimizer)
+    pipeline.transformer = accelerator.unwrap_model(transformer)
+    networks = {"transformer": pipeline.transformer.state_dict(), **({"teacher": teacher.shadow} if teacher.shadow else {})}
+    register_full_hooks(accelerator, pipeline.transformer, teacher, networks)
+    first_step = resume(accelerator, lr_scheduler, networks, checkpoint)
+    teacher.refresh()
+
+    if accelerator.is_main_process:
+        accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
+    backward = backward_all_states if args.fused_backward_pass else backward_each_state
+    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator)
+
+    save_pipeline(pipeline.transformer, family, args)
+    if accelerator.is_main_process:
+        save_full_card(args)
+        if args.push_to_hub:
+            push_pipeline_to_hub(args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
