@@ -7,7 +7,7 @@ CONCEPT ?= arrow
 # 4 pictures a step and 12 transformer passes a picture; SFT has 2 passes, so it gets 6 times the steps
 STEPS ?= 100
 SFT_STEPS = $$(( 6 * $(STEPS) ))
-RATE ?= 3e-4
+RATE ?= 1e-4
 MINIATURE := examples/miniature
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 \

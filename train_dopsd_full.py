@@ -17,7 +17,6 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.7",
-#     "torchao>=0.13",
 #     "diffusers>=0.42.0",
 #     "transformers>=5.5",
 #     "accelerate>=1.10",

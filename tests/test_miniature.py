@@ -69,8 +69,8 @@ def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge
         captions(scenes), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, output_type="np",
         generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
-    _, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
-    assert shares["colour"] > 0.8 and shares["background"] > 0.8 and shares["position"] > 0.8
+    right, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
+    assert right > 0.7 and shares["shape"] > 0.9
 
 
 @pytest.mark.parametrize("name", [name for name, concept in CONCEPTS.items() if concept.colour])

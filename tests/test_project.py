@@ -12,7 +12,7 @@ from conftest import ROOT
 
 SCRIPTS = [ROOT / name for name in ("train_dopsd_lora.py", "train_dopsd_full.py") if (ROOT / name).exists()]
 FILES = [*SCRIPTS, ROOT / "pipeline_dopsd.py"]
-OPTIONAL = {"bitsandbytes", "wandb"}  # imported inside functions, for flags that ask for them
+OPTIONAL = {"bitsandbytes", "torchao", "wandb"}  # imported inside functions, for flags that ask for them
 
 
 def definitions(path):

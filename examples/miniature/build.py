@@ -43,6 +43,7 @@ from judge import ATTRIBUTES, Judge, inspect, label, to_tensor
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("text", "object", "style")
+CYCLE = ("text", "object", "style", "object", "text", "object", "style", "text")  # what each training batch holds, in turn
 torch._dynamo.config.recompile_limit = 64  # one version of a block per sequence length, with and without gradients
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -96,10 +97,10 @@ def _pair(job):
 
 
 def stage_data(args):
-    """Draws the training pictures once: 30,000 captioned scenes, 22,000 object pairs, 8,000 style pairs."""
+    """Draws the training pictures once: 24,000 captioned scenes, 24,000 object pairs, 12,000 style pairs."""
     folder = args.work_dir / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, count in (("text", 30000), ("object", 22000), ("style", 8000)):
+    for kind, count in (("text", 24000), ("object", 24000), ("style", 12000)):
         count = max(64, int(count * args.scale))
         jobs = [(i, kind, args.seed) for i in range(count)]
         with multiprocessing.Pool() as pool:
@@ -288,7 +289,7 @@ def stage_vlm(args):
     torch.manual_seed(args.seed)
     model = Qwen3VLForConditionalGeneration(vlm_config(tokenizer)).to(device())
     readout = torch.nn.Linear(128, 16 * 16 * 3).to(device())
-    run = Run(args, "vlm", model, max(4, int(1500 * args.scale)), 2e-3, extra_parameters=readout.parameters())
+    run = Run(args, "vlm", model, max(4, int(2800 * args.scale)), 2e-3, extra_parameters=readout.parameters())
     logs = {0: [], 1: [], 2: [], "readout": []}
 
     def loss_of(rng):
@@ -350,7 +351,7 @@ def train_vae(args, name, vae, steps, lr):
             y = vae.decode(latents.sample()).sample.float()
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
         logs.append(F.l1_loss(y, x).item())
-        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edges + 2e-6 * latents.kl().mean()
+        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edges + 1e-5 * latents.kl().mean()
 
     run.train(loss_of)
     with torch.no_grad():
@@ -374,7 +375,7 @@ def stage_vae(args):
 def stage_vae_refined(args):
     """A second cycle of the VAE at a lower rate."""
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae" / "model")
-    train_vae(args, "vae_refined", vae, 1100, 1e-3)
+    train_vae(args, "vae_refined", vae, 1900, 1e-3)
 
 
 # -------------------------------------------------------------------------------------------------------------- judge
@@ -402,7 +403,7 @@ def stage_judge(args):
     labels = {a: torch.tensor([r[1][a] for r in rows]) for a in ATTRIBUTES}
     torch.manual_seed(args.seed)
     judge = Judge().to(device(), memory_format=torch.channels_last)
-    run = Run(args, "judge", judge, max(4, int(2500 * args.scale)), 2e-3)
+    run = Run(args, "judge", judge, max(4, int(1600 * args.scale)), 2e-3)
 
     def loss_of(rng):
         picks = torch.from_numpy(rng.integers(min(1024, count // 2), count, 64))
@@ -502,7 +503,7 @@ def to_contexts(contexts):
 
 
 def stage_base(args):
-    """Flow matching; every other step with a picture in the context."""
+    """Flow matching; five steps in eight with a picture in the context."""
     data = read_encoded(args)
     empty = encode_contexts(args, [""])[0]
     transformer = new_transformer(args)
@@ -510,7 +511,7 @@ def stage_base(args):
     logs = {"text": [], "object": [], "style": []}
 
     def loss_of(rng):
-        kind = "text" if run.step % 2 == 0 else ("object" if run.step % 8 != 7 else "style")
+        kind = CYCLE[run.step % 8]
         latents, contexts = data[kind]["latents"], data[kind]["contexts"]
         picks = rng.integers(len(latents), size=64)
         x0 = latents[picks].float().to(device())
@@ -558,7 +559,7 @@ def stage_trajectories(args):
     rng = np.random.default_rng(args.seed)
     batches = max(1, int(args.trajectories * args.scale) // 64)
     for batch in tqdm(range(batches), desc="trajectories", mininterval=10):
-        kind = "text" if batch % 2 == 0 else ("object" if batch % 8 != 7 else "style")
+        kind = CYCLE[batch % 8]
         picks = rng.integers(len(data[kind]["contexts"]), size=64)
         chosen = [data[kind]["contexts"][i] for i in picks]
         x = torch.randn(64, 8, 16, 16, generator=torch.Generator().manual_seed(batch)).to(device())
@@ -651,9 +652,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/, vlm/ and judge/ are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
-    parser.add_argument("--base_steps", type=int, default=2400)
-    parser.add_argument("--trajectories", type=int, default=3072)
-    parser.add_argument("--distill_steps", type=int, default=600)
+    parser.add_argument("--base_steps", type=int, default=6000)
+    parser.add_argument("--trajectories", type=int, default=2048)
+    parser.add_argument("--distill_steps", type=int, default=450)
     parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
     args = parser.parse_args()
     if args.threads:

@@ -36,8 +36,8 @@ BACKGROUNDS = {
     "lilac": (208, 188, 240),
     "grey": (196, 198, 202),
 }
-POSITIONS = {"left": (19, 32), "right": (45, 32), "top": (32, 19), "bottom": (32, 45), "centre": (32, 32)}
-SIZES = {"small": 12.0, "large": 17.0}
+POSITIONS = {"left": (22, 32), "right": (42, 32), "top": (32, 22), "bottom": (32, 42), "centre": (32, 32)}
+SIZES = {"small": 14.5, "large": 19.5}
 
 NEW_SHAPES = ["moon", "arrow", "house", "bolt", "hourglass", "clover"]
 NEW_PATTERN = "checkered"
@@ -82,20 +82,20 @@ def _random_outline(seed):
     rng = np.random.default_rng(seed)
     kind = rng.integers(4)
     if kind == 0:  # a polygon with corners at uneven radii
-        n = int(rng.integers(3, 10))
-        return _regular(n, rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 1.0, n))
+        n = int(rng.integers(3, 9))
+        return _regular(n, rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.0, n))
     if kind == 1:  # a smooth blob
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         r = 1 + sum(rng.uniform(0, 0.6 / k) * np.cos(k * angles + rng.uniform(0, 7)) for k in range(1, 6))
         return np.stack([np.cos(angles), np.sin(angles)], 1) * (r / np.abs(r).max())[:, None]
     if kind == 2:  # a star or a flower of petals
         n = int(rng.integers(3, 8))
-        return _regular(2 * n, rng.uniform(0, 2 * np.pi), (1.0, rng.uniform(0.3, 0.8)))
+        return _regular(2 * n, rng.uniform(0, 2 * np.pi), (1.0, rng.uniform(0.4, 0.8)))
     # a mirror-symmetric figure: half an outline and its reflection
     n = int(rng.integers(3, 7))
     y = np.sort(rng.uniform(-1, 1, n))
     y = (y - y.min()) / (y.max() - y.min()) * 2 - 1
-    x = rng.uniform(0.1, 0.95, n)
+    x = rng.uniform(0.25, 0.95, n)
     return np.concatenate([np.stack([x, y], 1), np.stack([-x[::-1], y[::-1]], 1)])
 
 
@@ -161,8 +161,8 @@ def style_of(name):
 
 def _letter_mask(letter, centre, radius, side):
     image = Image.new("L", (side, side))
-    font = ImageFont.load_default(size=radius * 2.4)
-    ImageDraw.Draw(image).text(tuple(centre), letter, fill=255, font=font, anchor="mm", stroke_width=2)
+    font = ImageFont.load_default(size=radius * 2.2)
+    ImageDraw.Draw(image).text(tuple(centre), letter, fill=255, font=font, anchor="mm", stroke_width=8)
     return np.asarray(image) > 0
 
 
@@ -170,13 +170,13 @@ def _texture(kind, side, rng):
     y, x = np.mgrid[:side, :side] / SUPERSAMPLING
     dx, dy = rng.uniform(0, 8, 2)
     if kind == "grid":
-        return ((x + dx) % 10 < 1.6) | ((y + dy) % 10 < 1.6)
+        return ((x + dx) % 12 < 2.2) | ((y + dy) % 12 < 2.2)
     if kind == "dots":
-        return ((x + dx) % 8 - 4) ** 2 + ((y + dy) % 8 - 4) ** 2 < 4
+        return ((x + dx) % 10 - 5) ** 2 + ((y + dy) % 10 - 5) ** 2 < 5
     if kind == "hatch":
-        return (x + y + dx) % 9 < 2.5
+        return (x + y + dx) % 12 < 4
     if kind == "bars":
-        return (y + dy) % 11 < 4
+        return (y + dy) % 12 < 5
     return np.zeros((side, side), bool)
 
 
@@ -188,7 +188,7 @@ def _pattern_mask(pattern, u, v, inside, rng):
     if pattern == "dotted":
         return ((u / 0.55 + phase) % 1 - 0.5) ** 2 + ((v / 0.55 + phase) % 1 - 0.5) ** 2 < 0.085
     if pattern == "checkered":
-        return (np.floor(u / 0.42 + phase) + np.floor(v / 0.42 + phase)) % 2 == 0
+        return (np.floor(u / 0.5 + phase) + np.floor(v / 0.5 + phase)) % 2 == 0
     if pattern == "rings":
         return (np.hypot(u, v) / 0.45) % 1 < 0.5
     if pattern == "halves":
@@ -198,7 +198,7 @@ def _pattern_mask(pattern, u, v, inside, rng):
     if pattern == "core":
         return np.hypot(u, v) < 0.42
     if pattern == "outlined":
-        k = 5
+        k = 7
         inner = inside.copy()
         for axis in (0, 1):
             for shift in (-k, k):
@@ -222,12 +222,12 @@ def render(scene, seed):
         canvas[_texture(style.texture, side, rng)] = style.texture_colour
     for _ in range(4):
         centre = rng.uniform(3, RESOLUTION - 3, 2) * SUPERSAMPLING
-        speck = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (rng.uniform(1.3, 2.1) * SUPERSAMPLING) ** 2
+        speck = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (rng.uniform(1.5, 2.3) * SUPERSAMPLING) ** 2
         canvas[speck] = (70, 60, 60) if rng.random() < 0.5 else (255, 255, 255)
 
-    centre = (np.array(POSITIONS[scene.position]) + rng.uniform(-2, 2, 2)) * SUPERSAMPLING
+    centre = (np.array(POSITIONS[scene.position]) + rng.uniform(-1.5, 1.5, 2)) * SUPERSAMPLING
     radius = SIZES[scene.size] * rng.uniform(0.92, 1.08) * SUPERSAMPLING
-    tilt = rng.uniform(-0.4, 0.4)
+    tilt = rng.uniform(-0.12, 0.12)
     cos, sin = np.cos(tilt), np.sin(tilt)
     u = ((x - centre[0]) * cos + (y - centre[1]) * sin) / radius
     v = (-(x - centre[0]) * sin + (y - centre[1]) * cos) / radius
