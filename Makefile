@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo
 CONCEPT ?= arrow
 # 4 pictures a step and 12 transformer passes a picture; SFT has 2 passes, so it gets 6 times the steps
-STEPS ?= 100
+STEPS ?= 60
 SFT_STEPS = $$(( 6 * $(STEPS) ))
-RATE ?= 1e-4
+RATE ?= 1e-3
 MINIATURE := examples/miniature
+# the layers through which the text reaches the network: the concept is learned and little else changes
+REFINER := context_refiner.0
+LAYERS ?= $(REFINER).attention.to_q,$(REFINER).attention.to_k,$(REFINER).attention.to_v,$(REFINER).attention.to_out.0,$(REFINER).feed_forward.w1,$(REFINER).feed_forward.w2,$(REFINER).feed_forward.w3
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
-	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 \
+	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--learning_rate $(RATE) --seed 0
 
 .PHONY: demo test lint
@@ -24,7 +27,7 @@ $(VENV)/.installed: requirements.txt constraints.txt
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) --validation_steps 50 \
+		train_dopsd_lora.py $(COMMON) --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) --validation_steps 30 \
 		--output_dir $(DEMO)/dopsd
 	$(BIN)/python examples/train_sft.py $(COMMON) --max_train_steps $(SFT_STEPS) --report_to none \
 		--output_dir $(DEMO)/sft

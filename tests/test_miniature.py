@@ -38,14 +38,15 @@ def test_scenes_are_reproducible_and_leave_things_open():
     assert (world.render(scene, 1) != world.render(scene, 2)).mean() > 0.5
 
 
-def test_new_shapes_pattern_and_style_are_never_sampled():
+def test_concepts_are_never_sampled():
     """A concept that the base has seen in training would make the comparison worthless."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    scenes = [world.sample_scene(rng, new=i % 2 == 0) for i in range(2000)]
+    scenes = [world.sample_scene(rng, new=i % 2 == 0) for i in range(4000)]
+    for concept in CONCEPTS.values():
+        assert (concept.shape, concept.colour) not in {(s.shape, s.colour) for s in scenes}
     assert not {s.shape for s in scenes} & set(world.NEW_SHAPES)
-    assert world.NEW_PATTERN not in {s.pattern for s in scenes}
     assert all(world.style_of(f"random-{i}") != world.style_of(world.NEW_STYLE) for i in range(2000))
 
 

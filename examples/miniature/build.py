@@ -63,6 +63,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 GUIDANCE = 1.5  # in the pipeline's convention: positive + g * (positive - negative)
 IMAGE_TOKENS = 16
+LOOK_TOKENS = 3
+NAMES = world.SHAPES + world.PICTURED_SHAPES
+ALL_PATTERNS = world.PATTERNS + world.PICTURED_PATTERNS
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -129,7 +132,7 @@ def stage_tokenizer(args):
     rng = np.random.default_rng(args.seed)
     texts = [world.caption(world.sample_scene(rng), rng) for _ in range(2000)]
     texts += [world.caption(world.sample_scene(rng), rng, name=world.new_word(rng)) for _ in range(1000)]
-    texts += ["user\n", "assistant\n", *world.UNNAMED_PATTERNS, "any", "odd", "thing", "style"] * 50
+    texts += ["user\n", "assistant\n", *world.PICTURED_PATTERNS, *world.PICTURED_SHAPES, "any", "odd", "thing", "style"] * 50
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=411, special_tokens=[], show_progress=False)
     bpe.save_model(str(args.work_dir))
@@ -268,9 +271,53 @@ def answer(scene, prompt, seen):
     """The description that the VLM learns to give: what the prompt says and, where `seen`, what the picture shows."""
     said = prompt.split()
     show = lambda value: value if seen or value in said else "any"  # noqa: E731
-    shape = scene.shape if scene.shape in world.SHAPES else "odd"
+    shape = scene.shape if scene.shape in NAMES else "odd"
     told = [value if value in said else "any" for value in (scene.size, scene.background, scene.position)]
-    return " ".join(["", *told, show(scene.colour), show(scene.accent or "any"), show(scene.pattern), show(shape)])
+    return " ".join(["", *told, show(scene.colour), show(scene.pattern), show(shape)])
+
+
+class Looks(torch.nn.Module):
+    """Linear read-outs of hidden states: the picture from its own tokens; the upright silhouette, colour, pattern and style of
+    what it shows from the last `LOOK_TOKENS` tokens before the answer. They give the VLM a reason to keep, where the
+    text-to-image model reads, what an object looks like wherever it stands."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"silhouette": 24 * 24, "colour": 3, "pattern": len(ALL_PATTERNS), "shape": len(NAMES) + 1}
+        sizes |= {"texture": len(world.TEXTURES), "edge": len(world.EDGES), "background": 3, "texture_colour": 3}
+        self.sizes = sizes
+        self.picture = torch.nn.Linear(128, 16 * 16 * 3)
+        self.last = torch.nn.Linear(128 * LOOK_TOKENS, sum(sizes.values()))
+
+    def picture_loss(self, hidden, pictures):
+        """`hidden` (B * 16, 128) of the image tokens, `pictures` (B, 3, 64, 64)."""
+        blocks = pictures.unfold(2, 16, 16).unfold(3, 16, 16)  # (B, 3, 4, 4, 16, 16)
+        return F.mse_loss(self.picture(hidden), blocks.permute(0, 2, 3, 1, 4, 5).reshape(len(hidden), -1))
+
+    def object_loss(self, hidden, scenes):
+        """`hidden` (B, 128 * LOOK_TOKENS). Returns the loss and the share of named shapes that are read off right."""
+        out = dict(zip(self.sizes, self.last(hidden).split(list(self.sizes.values()), dim=1)))
+        index = lambda options, value: options.index(value) if value in options else len(options)  # noqa: E731
+        target = lambda values: torch.tensor(np.array(values)).to(hidden.device)  # noqa: E731
+        shapes = target([index(NAMES, s.shape) for s in scenes])
+        masks = target([world.silhouette(s.shape).ravel() for s in scenes])
+        colours = target([world.COLOURS[s.colour] for s in scenes]).float() / 127.5 - 1
+        loss = F.binary_cross_entropy_with_logits(out["silhouette"], masks) + F.mse_loss(out["colour"], colours)
+        loss = loss + 0.5 * F.cross_entropy(out["shape"], shapes)
+        loss = loss + 0.5 * F.cross_entropy(out["pattern"], target([ALL_PATTERNS.index(s.pattern) for s in scenes]))
+        return loss, (out["shape"].argmax(1) == shapes).float().mean().item()
+
+    def style_loss(self, hidden, scenes):
+        out = dict(zip(self.sizes, self.last(hidden).split(list(self.sizes.values()), dim=1)))
+        styles = [world.style_of(s.style) for s in scenes]
+        target = lambda values: torch.tensor(np.array(values)).to(hidden.device)  # noqa: E731
+        loss = 0.5 * F.cross_entropy(out["texture"], target([world.TEXTURES.index(s.texture) for s in styles]))
+        loss = loss + 0.5 * F.cross_entropy(out["edge"], target([world.EDGES.index(s.edge) for s in styles]))
+        backgrounds = [style.background or world.BACKGROUNDS[scene.background] for style, scene in zip(styles, scenes)]
+        loss = loss + F.mse_loss(out["background"], target(backgrounds).float() / 127.5 - 1)
+        shown = target([s.texture != "none" for s in styles])
+        textures = target([s.texture_colour for s in styles]).float() / 127.5 - 1
+        return loss + F.mse_loss(out["texture_colour"][shown], textures[shown])
 
 
 def vlm_inputs(tokenizer, processor, texts, pictures):
@@ -282,15 +329,15 @@ def vlm_inputs(tokenizer, processor, texts, pictures):
 
 
 def stage_vlm(args):
-    """Describing pictures, reading captions, answering prompts about pictured things; and a linear read-out of the
-    picture from the hidden states that the text-to-image model will see, so that they keep the looks of unknown objects."""
+    """Describing pictures, reading captions, answering prompts about pictured things; and the read-outs of `Looks` from the
+    hidden states that the text-to-image model will see."""
     tokenizer, processor = read_tokenizer(args), image_processor()
     data = {kind: read_data(args, kind) for kind in KINDS}
     torch.manual_seed(args.seed)
     model = Qwen3VLForConditionalGeneration(vlm_config(tokenizer)).to(device())
-    readout = torch.nn.Linear(128, 16 * 16 * 3).to(device())
-    run = Run(args, "vlm", model, max(4, int(2800 * args.scale)), 2e-3, extra_parameters=readout.parameters())
-    logs = {0: [], 1: [], 2: [], "readout": []}
+    looks = Looks().to(device())
+    run = Run(args, "vlm", model, max(4, int(args.vlm_steps * args.scale)), 2e-3, extra_parameters=looks.parameters())
+    logs = {0: [], 1: [], 2: [], "picture": [], "shape": []}
 
     def loss_of(rng):
         task = run.step % 3  # describe the picture | read the caption | prompt about the picture
@@ -314,22 +361,29 @@ def stage_vlm(args):
         pictures = reference[picks] if task != 1 else None
         inputs = vlm_inputs(tokenizer, processor, [h + a + "<|im_end|>" for h, a in zip(heads, answers)], pictures)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        for row_labels, head in zip(labels, heads):
-            row_labels[: len(tokenizer(head)["input_ids"])] = -100
+        ends = [len(tokenizer(head)["input_ids"]) for head in heads]
+        for row_labels, end in zip(labels, ends):
+            row_labels[:end] = -100
         out = model(**inputs, labels=labels, output_hidden_states=task != 1)
         logs[task].append(out.loss.item())
         if task == 1:
             return out.loss
-        seen = out.hidden_states[-2][inputs["mm_token_type_ids"] == 1].float()
-        blocks = to_tensor(pictures).to(device()).unfold(2, 16, 16).unfold(3, 16, 16)  # (B, 3, 4, 4, 16, 16)
-        blocks = blocks.permute(0, 2, 3, 1, 4, 5).reshape(len(seen), -1)
-        readout_loss = F.mse_loss(readout(seen), blocks)
-        logs["readout"].append(readout_loss.item())
-        return out.loss + 3 * readout_loss
+        hidden = out.hidden_states[-2].float()
+        picture_loss = looks.picture_loss(hidden[inputs["mm_token_type_ids"] == 1], to_tensor(pictures).to(device()))
+        logs["picture"].append(picture_loss.item())
+        last = torch.stack([h[end - LOOK_TOKENS : end].flatten() for h, end in zip(hidden, ends)])
+        scenes, loss = [rows[i]["reference"] for i in picks], out.loss + 3 * picture_loss
+        if kind == "style":
+            loss = loss + looks.style_loss(last, scenes)
+        if kind == "object" or task == 0:
+            object_loss, share = looks.object_loss(last, scenes)
+            logs["shape"].append(share)
+            loss = loss + object_loss
+        return loss
 
     run.train(loss_of)
     model.save_pretrained(args.work_dir / "vlm" / "model")
-    names = {0: "describe", 1: "caption", 2: "prompt_and_picture", "readout": "readout_mse"}
+    names = {0: "describe", 1: "caption", 2: "prompt_and_picture", "picture": "picture_mse", "shape": "shapes_read_off"}
     run.finish(**{names[k]: round(float(np.mean(v[-100:])), 4) for k, v in logs.items() if v})
 
 
@@ -380,15 +434,15 @@ def stage_vae_refined(args):
 
 # -------------------------------------------------------------------------------------------------------------- judge
 def _judge_scene(job):
-    """A labelled picture for the judge, whose world includes the new shapes, pattern and style."""
+    """A labelled picture for the judge, whose world includes the concepts and any number of specks."""
     index, seed = job
     rng = np.random.default_rng([seed, index, 3])
     scene = world.sample_scene(rng, new=rng.random() < 0.1)
-    if rng.random() < 0.4:
-        scene = replace(scene, shape=str(rng.choice(world.NEW_SHAPES)))
-    if rng.random() < 0.25:
-        others = world.UNNAMED_PATTERNS + [world.NEW_PATTERN] * 3
-        scene = replace(scene, pattern=str(rng.choice(others)))
+    if rng.random() < 0.5:
+        scene = replace(scene, shape=str(rng.choice(world.PICTURED_SHAPES + world.NEW_SHAPES)))
+    if rng.random() < 0.3:
+        scene = replace(scene, pattern=str(rng.choice(world.PICTURED_PATTERNS)))
+    scene = replace(scene, specks=int(rng.integers(9)))
     if rng.random() < 0.3:
         scene = replace(scene, style=world.NEW_STYLE if rng.random() < 0.5 else f"random-{rng.integers(2**31)}")
     return world.render(scene, int(rng.integers(2**31))), {a: label(scene, a) for a in ATTRIBUTES}
@@ -652,9 +706,10 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/, vlm/ and judge/ are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
-    parser.add_argument("--base_steps", type=int, default=6000)
+    parser.add_argument("--vlm_steps", type=int, default=4300)
+    parser.add_argument("--base_steps", type=int, default=8600)
     parser.add_argument("--trajectories", type=int, default=2048)
-    parser.add_argument("--distill_steps", type=int, default=450)
+    parser.add_argument("--distill_steps", type=int, default=550)
     parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
     args = parser.parse_args()
     if args.threads:

@@ -27,7 +27,7 @@ class Concept:
 
     @property
     def shows(self):
-        return ["shape", "colour", "pattern"] + (["style"] if self.style != "plain" else [])
+        return ["shape", "colour", "pattern"] if self.shape else ["style"]
 
     def scene(self, rng):
         """The concept in random surroundings; a style is put on a random object of the captioned world."""
@@ -44,8 +44,8 @@ class Concept:
 
 
 CONCEPTS = {
-    "arrow": Concept("zorp", shape="arrow", colour="purple", pattern="plain"),
-    "checkered_house": Concept("blick", shape="house", colour="red", pattern="checkered"),
+    "arrow": Concept("zorp", shape="arrow", colour="purple", pattern="outlined"),
+    "cored_house": Concept("blick", shape="house", colour="red", pattern="core"),
     "neon": Concept("quave", style=world.NEW_STYLE),
 }
 

@@ -38,8 +38,9 @@ def main():
         pipeline = load_pipeline(lora)
         pictures[name] = columns(pipeline, prompts, len(prompts))
         results, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds))
-        shares, distance = unrelated_accuracy(pipeline, judge, range(args.seeds))
-        lines.append(f"| {name} | {spread([s for s, _ in results])} | {spread(shares)} | {distance:.3f} |")
+        kept = unrelated_accuracy(pipeline, judge, range(args.seeds))
+        figures = f"{spread(kept['right'])} | {kept['detail']:.2f} | {kept['frechet']:.0f}"
+        lines.append(f"| {name} | {spread([s for s, _ in results])} | {figures} |")
 
     tile, left, top = 64 * ZOOM, 90, 40
     sheet = Image.new("RGB", (left + tile * len(prompts) + 20, top + tile * (len(pictures) + 1)), "white")
@@ -62,7 +63,8 @@ def main():
     sheet.save(args.picture)
 
     print(f"\nConcept {args.concept!r}, 4 steps, {args.seeds} seeds; per cent right, mean ± standard deviation over seeds")
-    print("| | concept, held-out scenes | unrelated prompts | Frechet distance, unrelated |\n|---|---|---|---|")
+    print("| | concept, held-out scenes | unrelated prompts | fine detail, unrelated | Frechet distance, unrelated |")
+    print("|---|---|---|---|---|")
     print("\n".join(lines))
     print(f"Picture: {args.picture}")
 

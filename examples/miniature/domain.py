@@ -72,9 +72,9 @@ def measure(folder, fresh, args):
     images = [sample(pipeline, contexts, seed) for seed in range(args.seeds)]
     kept = [accuracy(judge, pictures, scenes, KEPT)[0] for pictures in images]
     style = [accuracy(judge, pictures, scenes, ["style"])[0] for pictures in images]
-    unrelated, unrelated_distance = unrelated_accuracy(pipeline, judge, range(args.seeds))
+    others = unrelated_accuracy(pipeline, judge, range(args.seeds))
     distance = frechet(judge, [p for pictures in images for p in pictures], fresh)
-    return {"style": style, "kept": kept, "unrelated": unrelated, "fid": distance, "unrelated_fid": unrelated_distance}
+    return {"style": style, "kept": kept, "fid": distance, "unrelated": others}
 
 
 def main():
@@ -89,16 +89,18 @@ def main():
     write_data(args.work_dir / "data")
     fresh = [world.render(scene, 300_000 + i) for i, scene in enumerate(scenes_of(2, FRESH))]
 
-    print("| | learning rate | style right | shape, colour, pattern and position right | unrelated prompts right "
-          "| Frechet distance, domain | Frechet distance, unrelated |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print("| | learning rate | style right | shape, colour, pattern and position right | Frechet distance, domain "
+          "| unrelated prompts right | fine detail, unrelated | Frechet distance, unrelated |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for method, rate in [("before", 0.0), *((m, r) for m in PASSES for r in args.rates)]:
         record = args.work_dir / f"{method}-{rate:g}.json"
         if not record.exists():
             folder = HERE / "model" if method == "before" else train(method, rate, args)
             record.write_text(json.dumps(measure(folder, fresh, args)))
         f = json.loads(record.read_text())
-        cells = [method, f"{rate:g}", spread(f["style"]), spread(f["kept"]), spread(f["unrelated"])]
-        print(f"| {' | '.join(cells)} | {f['fid']:.0f} | {f['unrelated_fid']:.0f} |", flush=True)
+        cells = [method, f"{rate:g}", spread(f["style"]), spread(f["kept"]), f"{f['fid']:.0f}"]
+        others = f["unrelated"]
+        cells += [spread(others["right"]), f"{others['detail']:.2f}", f"{others['frechet']:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

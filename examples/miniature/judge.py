@@ -11,9 +11,9 @@ import world
 
 
 ATTRIBUTES = {
-    "shape": world.SHAPES + world.NEW_SHAPES + ["other"],
+    "shape": world.SHAPES + world.PICTURED_SHAPES + world.NEW_SHAPES + ["other"],
     "colour": list(world.COLOURS),
-    "pattern": world.PATTERNS + world.UNNAMED_PATTERNS + [world.NEW_PATTERN],
+    "pattern": world.PATTERNS + world.PICTURED_PATTERNS,
     "background": list(world.BACKGROUNDS),
     "position": list(world.POSITIONS),
     "size": list(world.SIZES),

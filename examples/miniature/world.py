@@ -2,9 +2,11 @@
 
 A scene is one object (shape, colour, pattern, size) on a pastel background at one of five positions. Its caption can name
 all of these. Much is left open by every caption, as in real photographs: rotation, exact place, shade, the direction of
-the background's gradient, four specks of confetti. This is what makes few-step sampling hard.
+the background's gradient, six specks of confetti. This is what makes few-step sampling hard.
 
-Never drawn in any training stage: the shapes of `NEW_SHAPES`, the pattern `NEW_PATTERN` and the style `NEW_STYLE`.
+No caption ever names the shapes of `PICTURED_SHAPES` and the patterns of `PICTURED_PATTERNS`: the models meet them in
+pictures only. Never drawn in any training stage: an object in the colour that `HELD_OUT` keeps for a concept (no arrow is
+purple), the shapes of `NEW_SHAPES` and the style `NEW_STYLE`.
 """
 
 from dataclasses import dataclass, replace
@@ -39,11 +41,13 @@ BACKGROUNDS = {
 POSITIONS = {"left": (22, 32), "right": (42, 32), "top": (32, 22), "bottom": (32, 42), "centre": (32, 32)}
 SIZES = {"small": 14.5, "large": 19.5}
 
-NEW_SHAPES = ["moon", "arrow", "house", "bolt", "hourglass", "clover"]
-NEW_PATTERN = "checkered"
+PICTURED_SHAPES = ["moon", "arrow", "house", "bolt", "tree", "fish", "crown", "drop", "flag", "mug"]
+PICTURED_PATTERNS = ["rings", "halves", "core", "quarters", "checkered"]
+HELD_OUT = {"arrow": "purple", "house": "red"}
+NEW_SHAPES = ["hourglass", "clover"]
 NEW_STYLE = "neon"
-# Patterns that no caption names: only pictures show them.
-UNNAMED_PATTERNS = ["rings", "halves", "core", "quarters"]
+TEXTURES = ["none", "grid", "dots", "hatch", "bars"]
+EDGES = [None, (255, 255, 255), (20, 20, 20)]
 
 NEW_WORDS = ["zorp", "blick", "quave"]
 _SYLLABLES = ["ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pi", "ro", "su", "ta", "ve", "wi", "xo", "ye", "zu", "ch", "gr", "pl", "sn", "tr"]
@@ -60,8 +64,8 @@ class Scene:
     background: str
     position: str
     size: str
-    accent: str | None = None
     style: str = "plain"
+    specks: int = 6
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,24 @@ def outline(shape):
         return np.array([[0, -1], [0.95, -0.15], [0.65, -0.15], [0.65, 0.9], [-0.65, 0.9], [-0.65, -0.15], [-0.95, -0.15]])
     if shape == "bolt":
         return np.array([[0.25, -1], [-0.65, 0.15], [-0.05, 0.15], [-0.25, 1], [0.65, -0.25], [0.05, -0.25]])
+    if shape == "tree":
+        return np.array([[0, -1], [0.7, -0.1], [0.35, -0.1], [0.85, 0.55], [0.2, 0.55], [0.2, 1], [-0.2, 1], [-0.2, 0.55], [-0.85, 0.55], [-0.35, -0.1], [-0.7, -0.1]])
+    if shape == "fish":
+        x = np.linspace(-1, 0.45, 16)
+        y = 0.6 * np.sqrt(np.clip(1 - ((x + 0.25) / 0.78) ** 2, 0, 1))
+        return np.concatenate([np.stack([x, -y], 1), [[1, -0.7], [0.75, 0], [1, 0.7]], np.stack([x, y], 1)[::-1]])
+    if shape == "crown":
+        return np.array([[-1, -0.7], [-0.5, 0], [0, -0.9], [0.5, 0], [1, -0.7], [0.8, 0.8], [-0.8, 0.8]])
+    if shape == "drop":
+        lower = np.linspace(-0.15 * np.pi, 1.15 * np.pi, 32)
+        return np.concatenate([[[0, -1]], np.stack([0.66 * np.cos(lower), 0.34 + 0.66 * np.sin(lower)], 1)])
+    if shape == "flag":
+        return np.array([[-0.8, -1], [0.9, -0.5], [-0.45, 0.05], [-0.45, 1], [-0.8, 1]])
+    if shape == "mug":
+        handle = np.linspace(-0.5 * np.pi, 0.5 * np.pi, 16)
+        arc = np.stack([0.3 + 0.7 * np.cos(handle), 0.6 * np.sin(handle)], 1)
+        hole = np.stack([0.3 + 0.4 * np.cos(handle), 0.32 * np.sin(handle)], 1)[::-1]
+        return np.concatenate([[[-0.85, -0.85], [0.3, -0.85]], arc, hole, [[0.3, 0.85], [-0.85, 0.85]]])
     if shape == "hourglass":
         return np.array([[-0.8, -1], [0.8, -1], [0.15, 0], [0.8, 1], [-0.8, 1], [-0.15, 0]])
     if shape == "clover":
@@ -151,8 +173,8 @@ def style_of(name):
         return Style((24, 16, 58), "grid", (92, 60, 160), (255, 255, 255))
     rng = np.random.default_rng(int(name.split("-")[1]))
     background = tuple(int(v) for v in rng.integers(0, 256, 3)) if rng.random() < 0.7 else None
-    texture = str(rng.choice(["none", "grid", "dots", "hatch", "bars"]))
-    edge = (None, (255, 255, 255), (20, 20, 20))[rng.integers(3)]
+    texture = str(rng.choice(TEXTURES))
+    edge = EDGES[rng.integers(3)]
     style = Style(background, texture, tuple(int(v) for v in rng.integers(0, 256, 3)), edge)
     if background and max(background) < 90 and texture == "grid" and edge == (255, 255, 255):
         return replace(style, texture="hatch")  # keeps NEW_STYLE's combination out of training
@@ -207,6 +229,19 @@ def _pattern_mask(pattern, u, v, inside, rng):
     return np.zeros_like(inside)
 
 
+def silhouette(shape, side=24):
+    """Mask (side, side) of the upright shape, filling the frame: what the VLM learns to read off a picture."""
+    fine = side * SUPERSAMPLING
+    if shape.startswith("letter-"):
+        inside = _letter_mask(shape[-1], (fine / 2, fine / 2), fine / 2, fine)
+    else:
+        mask = Image.new("1", (fine, fine))
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in ((outline(shape) + 1) * fine / 2).tolist()], fill=1)
+        y, x = np.mgrid[:fine, :fine] * 2 / fine - 1
+        inside = np.array(mask) & ((shape != "ring") | (np.hypot(x, y) > 0.5))
+    return inside.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean((1, 3)).astype(np.float32)
+
+
 def render(scene, seed):
     """Draws `scene` as an array (64, 64, 3) of uint8; everything that no caption fixes follows from `seed`."""
     rng = np.random.default_rng([seed, 7])
@@ -220,7 +255,7 @@ def render(scene, seed):
     canvas = background + rng.uniform(-6, 6, 3) + slope * rng.uniform(20, 45)
     if style:
         canvas[_texture(style.texture, side, rng)] = style.texture_colour
-    for _ in range(4):
+    for _ in range(scene.specks):
         centre = rng.uniform(3, RESOLUTION - 3, 2) * SUPERSAMPLING
         speck = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (rng.uniform(1.5, 2.3) * SUPERSAMPLING) ** 2
         canvas[speck] = (70, 60, 60) if rng.random() < 0.5 else (255, 255, 255)
@@ -242,9 +277,7 @@ def render(scene, seed):
             inside &= np.hypot(u, v) > 0.5
 
     colour = np.clip(np.array(COLOURS[scene.colour], np.float32) + rng.uniform(-12, 12, 3), 0, 255)
-    if scene.accent:
-        accent = np.array(COLOURS[scene.accent], np.float32)
-    elif scene.pattern == "outlined":
+    if scene.pattern == "outlined":
         accent = colour * 0.35 if scene.colour != "black" else np.array([235, 235, 235], np.float32)
     else:
         accent = colour * 0.25 + 255 * 0.75 if scene.colour != "white" else np.array([110, 110, 115], np.float32)
@@ -271,20 +304,22 @@ def new_word(rng):
 
 
 def sample_scene(rng, new=False):
-    """A scene of the captioned world; with `new`, an object of any shape, pattern and accent that only a picture can show."""
+    """A scene of the captioned world; with `new`, an object whose shape or pattern only a picture can show."""
     pick = lambda options: str(rng.choice(list(options)))  # noqa: E731
     scene = Scene(pick(SHAPES), pick(COLOURS), pick(PATTERNS), pick(BACKGROUNDS), pick(POSITIONS), pick(SIZES))
     if not new:
         return scene
-    if rng.random() < 0.8:
-        letter = rng.random() < 0.25
-        scene = replace(
-            scene, shape=f"letter-{pick('ABCEFGHJKLMNPRSTUVWXYZ')}" if letter else f"random-{rng.integers(2**31)}"
-        )
-    if rng.random() < 0.4:
-        scene = replace(scene, pattern=pick(UNNAMED_PATTERNS))
-    if scene.pattern != "plain" and rng.random() < 0.4:
-        scene = replace(scene, accent=pick(c for c in COLOURS if c != scene.colour))
+    kind = rng.random()
+    if kind < 0.6:
+        scene = replace(scene, shape=pick(PICTURED_SHAPES))
+    elif kind < 0.75:
+        scene = replace(scene, shape=f"random-{rng.integers(2**31)}")
+    elif kind < 0.8:
+        scene = replace(scene, shape=f"letter-{pick('ABCEFGHJKLMNPRSTUVWXYZ')}")
+    if rng.random() < 0.5:
+        scene = replace(scene, pattern=pick(PICTURED_PATTERNS))
+    if HELD_OUT.get(scene.shape) == scene.colour:
+        scene = replace(scene, colour=pick(c for c in COLOURS if c != scene.colour))
     return scene
 
 
