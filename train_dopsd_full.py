@@ -17,6 +17,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.7",
+#     "torchao>=0.13",
 #     "diffusers>=0.42.0",
 #     "transformers>=5.5",
 #     "accelerate>=1.10",
@@ -66,6 +67,7 @@ from accelerate.utils import (
 )
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
+from datasets import List as ListFeature
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     find_nearest_bucket,
@@ -115,9 +117,9 @@ def add_model_arguments(parser):
     add("--revision", help="Revision of the base on the Hub.")
     add("--variant", help="Variant of the base's weight files, for example fp16.")
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
-        "images for the teacher. Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.")
-    add("--teacher_max_pixels", type=int, default=768 * 768, help="Area above which images are scaled down for the VLM; "
-        "fewer pixels give a shorter teacher context.")  # fmt: skip
+        "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
+    add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
+        "shorter teacher context. Default: the family's.")  # fmt: skip
 
 
 def add_data_arguments(parser):
@@ -128,6 +130,7 @@ def add_data_arguments(parser):
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
+    add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
         "area and the nearest aspect ratio.")
@@ -139,6 +142,11 @@ def add_dopsd_arguments(parser):
     add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
     add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
+    add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
+        "VLM. edit: as a reference image of the transformer (FLUX.2). Default: vlm.")
+    add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
+        "image itself, or the next one of the set, which guards against copying.")
     add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
@@ -274,7 +282,7 @@ def columns_to_rows(columns):
 
 
 def read_dataset(args):
-    """Dataset with the columns `image` (undecoded) and `captions` (a list of strings).
+    """Dataset with the columns `image` (undecoded), `captions` (a list of strings) and `references` (undecoded images).
 
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
@@ -283,6 +291,8 @@ def read_dataset(args):
     if folder and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
     if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
+        if args.reference_column:
+            raise ValueError(f"--reference_column needs metadata.jsonl or metadata.csv in {folder}, or --dataset_name.")
         return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
     if folder:
         dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
@@ -295,6 +305,8 @@ def read_dataset(args):
             f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
             "name the column, or give --instance_prompt."
         )
+    if args.reference_column and args.reference_column not in dataset.column_names:
+        raise ValueError(f"--reference_column {args.reference_column!r} is none of the columns {dataset.column_names}.")
 
     def captions_of(row, index):
         captions = row.get(args.caption_column) or args.instance_prompt
@@ -303,11 +315,16 @@ def read_dataset(args):
             raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
         return {"captions": captions}
 
-    dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))
-    texts = dataset.remove_columns(args.image_column)  # so that no image is copied into the cache
+    pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
+    for column in pictures:
+        several = isinstance(dataset.features[column], ListFeature)
+        feature = ImageFeature(decode=False)
+        dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+    # columns are worked on apart, so that no image is copied into the cache
+    texts = dataset.remove_columns(list(pictures))
     texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
-    images = dataset.select_columns([args.image_column])
-    images = images if args.image_column == "image" else images.rename_column(args.image_column, "image")
+    images = dataset.select_columns(list(pictures))
+    images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
     return concatenate_datasets([images, texts], axis=1)
 
 
@@ -334,17 +351,43 @@ def load_image(source):
 
 
 def inspect_images(dataset, buckets):
-    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`. Every image is decoded once; a later
-    run on the same images reads the result from the cache of datasets."""
+    """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
+    image is decoded once; a later run on the same images reads the result from the cache of datasets."""
 
     def inspect(row):
         image = load_image(row["image"])
-        data = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-        return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
+        references = references_of(row)
+        return {
+            "bucket": list(bucket),
+            "image_hash": hash_image(row["image"]),
+            "reference_sizes": [list(load_image(source).size) for source in references],
+            "reference_hashes": [hash_image(source) for source in references],
+        }
 
     added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
     return concatenate_datasets([dataset, added], axis=1)
+
+
+def hash_image(source):
+    """Hash of the undecoded content of {"path", "bytes"}."""
+    return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
+
+
+def references_of(row):
+    """The undecoded images that the student is given: none, one or several."""
+    references = row.get("references") or []
+    return references if isinstance(references, list) else [references]
+
+
+def shown_row(rows, index, args):
+    """The row whose image the teacher sees."""
+    return rows[(index + 1) % len(rows) if args.teacher_image == "other" else index]
+
+
+def layout_of(row):
+    """What the images of a batch must have in common: their bucket and the sizes of their references."""
+    return tuple(row["bucket"]), tuple(map(tuple, row["reference_sizes"]))
 
 
 def training_image(row):
@@ -354,26 +397,26 @@ def training_image(row):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(buckets, batch_size, seed, epoch):
-    """Batches of row indices for one epoch, each from one bucket; short batches are filled up from the bucket's start."""
+def epoch_order(layouts, batch_size, seed, epoch):
+    """Batches of row indices for one epoch, each of one layout; short batches are filled up from its start."""
     rng = np.random.default_rng([seed, epoch])
     batches = []
-    for bucket in sorted(set(buckets)):
-        rows = rng.permutation([i for i, b in enumerate(buckets) if b == bucket])
+    for layout in sorted(set(layouts)):
+        rows = rng.permutation([i for i, other in enumerate(layouts) if other == layout])
         rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
         batches += list(rows.reshape(-1, batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def draw_batch(buckets, batch_size, micro_step, process, num_processes, seed):
+def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
     """Row indices and a random generator for each image of a process's micro-batch.
 
     It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
     two processes draw what one process with twice the batch would.
     """
     total = batch_size * num_processes
-    per_epoch = len(epoch_order(buckets, total, seed, 0))
-    order = epoch_order(buckets, total, seed, micro_step // per_epoch)
+    per_epoch = len(epoch_order(layouts, total, seed, 0))
+    order = epoch_order(layouts, total, seed, micro_step // per_epoch)
     slots = range(process * batch_size, (process + 1) * batch_size)
     rows = order[micro_step % per_epoch][slots.start : slots.stop]
     return [(int(row), np.random.default_rng([seed, micro_step, slot])) for row, slot in zip(rows, slots)]
@@ -401,33 +444,35 @@ def fingerprint(model_name_or_path, patterns, revision):
 
 
 class ContextCache:
-    """Student and teacher contexts of (image, caption) pairs, one memory-mapped safetensors file each.
+    """Student and teacher contexts, one memory-mapped safetensors file for each row, row shown to the teacher and caption.
 
-    The key changes whenever image, crop, caption, models or settings change.
+    The key changes whenever images, crops, caption, models or settings change.
     """
 
     def __init__(self, args):
         self.folder = Path(args.context_cache_dir)
-        self.models = [
-            fingerprint(args.pretrained_model_name_or_path, ["text_encoder/*", "tokenizer/*"], args.revision),
-            fingerprint(args.vlm_model_name_or_path, ["*.json", "*.jinja", "*.txt", "*.safetensors"], None),
-            args.teacher_max_pixels,
-            str(weight_dtype_of(args)),
-        ]
+        encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if args.teacher_context == "edit" or args.reference_column else [])]
+        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
+        self.models += [args.teacher_context, args.teacher_prompt_suffix]
+        if args.teacher_context == "vlm":
+            patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+            self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
 
-    def path(self, row, caption):
-        key = json.dumps([self.models, row["image_hash"], row["bucket"], caption])
+    def path(self, row, shown, caption):
+        key = json.dumps([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def read(self, row, caption):
-        """(student context, teacher context), each (tokens, dim)."""
-        tensors = load_file(self.path(row, caption))
-        return tensors["student"], tensors["teacher"]
+    def read(self, row, shown, caption):
+        """(student context, teacher context)."""
+        tensors = load_file(self.path(row, shown, caption))
+        split = {who: {n.removeprefix(who + "."): t for n, t in tensors.items() if n.startswith(who)} for who in ("student", "teacher")}
+        return split["student"], split["teacher"]
 
-    def write(self, row, caption, student, teacher):
-        path = self.path(row, caption)
+    def write(self, row, shown, caption, student, teacher):
+        path = self.path(row, shown, caption)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"student": student.cpu().contiguous(), "teacher": teacher.cpu().contiguous()}, aside)
+        contexts = {"student": student, "teacher": teacher}
+        save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
         os.replace(aside, path)
 
 
@@ -438,26 +483,35 @@ def weight_dtype_of(args):
 
 def check_contexts(family, args, dataset, pairs):
     """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
-    base = args.pretrained_model_name_or_path
+    if args.teacher_context != "vlm":
+        return
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
+    if not args.vlm_model_name_or_path:
+        raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
-    config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
-    longest, buckets = family.max_context_length(config), list(map(tuple, dataset["bucket"]))
-    without_caption = {bucket: encoder.context_length("", *bucket) for bucket in set(buckets)}
+    encoder.check_config(text_config)
+    ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
+    longest = family.max_context_length(family.transformer_class.load_config(**base, subfolder="transformer"))
+    buckets = list(map(tuple, dataset["bucket"]))
+    without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
+        bucket = shown_row(buckets, index, args)
         # a token is at least one byte: of most captions no token needs to be counted
-        length = without_caption[buckets[index]] + len(caption.encode())
-        if length > longest and (length := encoder.context_length(caption, *buckets[index])) > longest:
+        length = without_caption[bucket] + len(caption.encode())
+        if length > longest and (length := encoder.context_length(caption, *bucket, ending)) > longest:
             raise ValueError(
                 f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
-                f"transformer's position table holds {longest}. Lower --teacher_max_pixels or shorten the caption."
+                f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
             )
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees both encoders."""
-    keys = list(dataset.select_columns(["image_hash", "bucket"]))
-    missing = [(index, caption) for index, caption in pairs if not cache.path(keys[index], caption).exists()]
+    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
+    keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
+    paths = {pair: cache.path(keys[pair[0]], shown_row(keys, pair[0], args), pair[1]) for pair in pairs}
+    missing = [pair for pair, path in paths.items() if not path.exists()]
     logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
     accelerator.wait_for_everyone()
     if not missing:
@@ -466,18 +520,20 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
         transformer=None,
-        vae=None,
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
     ).to(accelerator.device)
-    pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    if args.teacher_context == "vlm":
+        pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
-        row = dataset[index]
-        student = pipeline.encode_student([caption])[0]
-        teacher = pipeline.encode_teacher([caption], [training_image(row)])[0]
-        cache.write(row, caption, student, teacher)
+        row, shown = dataset[index], shown_row(dataset, index, args)
+        references = [[load_image(source) for source in references_of(row)]]
+        student = pipeline.encode_student([caption], references)[0]
+        prompt = caption + args.teacher_prompt_suffix
+        teacher = pipeline.encode_teacher([prompt], [training_image(shown)], args.teacher_context, references)[0]
+        cache.write(row, shown, caption, student, teacher)
     del pipeline
     free_memory()
     accelerator.wait_for_everyone()
@@ -510,9 +566,7 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
     States are not differentiated through, and the forward that drives the rollout is the one that is trained.
     """
     latents, student_contexts, teacher_contexts = batch
-    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
-    timesteps = pipeline.few_step_grid(args.rollout_steps, height, width, latents.device)
-    for k, timestep in enumerate(timesteps):
+    for k, timestep in enumerate(pipeline.few_step_grid(args.rollout_steps, latents)):
         # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
         with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
             teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
@@ -592,17 +646,17 @@ class FullTeacher:
         return contextlib.nullcontext(self.module)
 
 
-def make_batch(pipeline, rows, cache, draws, device):
+def make_batch(pipeline, rows, cache, draws, args, device):
     """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
-    noise, student_contexts, teacher_contexts = [], [], []
+    noise, contexts = [], []
     for index, rng in draws:
         row = rows[index]
-        student, teacher = cache.read(row, row["captions"][rng.integers(len(row["captions"]))])
+        caption = row["captions"][rng.integers(len(row["captions"]))]
+        pair = cache.read(row, shown_row(rows, index, args), caption)
+        contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*row["bucket"], generator))
-        student_contexts.append(student.to(device))
-        teacher_contexts.append(teacher.to(device))
-    return torch.cat(noise).to(device), student_contexts, teacher_contexts
+    return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -619,18 +673,17 @@ def validation_pairs(dataset, args):
 
 @torch.no_grad()
 def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
-    """Writes a picture with a row per pair: student | teacher | training image. Runs the sampler that users will run."""
+    """Writes a picture with a row per pair: student | teacher | the image that the teacher sees, in as many steps as users will
+    run."""
     student, pictures = pipeline.transformer, []
     for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
-        row = dataset[index]
-        height, width = row["bucket"]
-        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, prompt)):
-            noise = pipeline.initial_noise(height, width, torch.Generator().manual_seed(args.seed + number))
-            inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
-            with network as pipeline.transformer, accelerator.autocast():
-                pictures.append(pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0])
-        pictures.append(training_image(row))
-    pipeline.transformer = student
+        row, shown = dataset[index], shown_row(dataset, index, args)
+        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number))
+        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, shown, prompt)):
+            with network as transformer, accelerator.autocast():
+                latents = noise.to(accelerator.device)
+                pictures += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
+        pictures.append(training_image(shown))
     if not accelerator.is_main_process:
         return
     pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
@@ -829,6 +882,23 @@ def push_pipeline_to_hub(args):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
+def resolve_arguments(family, args):
+    """Fills in what the family has defaults for.
+
+    Raises:
+        ValueError: the family has no such teacher, or takes no reference images.
+    """
+    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
+    args.teacher_context = args.teacher_context or family.teacher_contexts[0]
+    if args.teacher_context not in family.teacher_contexts:
+        raise ValueError(f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}.")
+    if args.reference_column and "edit" not in family.teacher_contexts:
+        raise ValueError("--reference_column: this model takes no reference images.")
+    if args.teacher_prompt_suffix is None:
+        args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+
+
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
 
@@ -846,14 +916,15 @@ def check_inputs(args):
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     checkpoint = find_checkpoint(args)
     family = family_of(args.pretrained_model_name_or_path, args.revision)
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
-    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    resolve_arguments(family, args)
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets)
+    if args.teacher_image == "other" and len(dataset) < 2:
+        raise ValueError("--teacher_image other needs at least two training images.")
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
@@ -1006,7 +1077,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
     if validating and first_step == 0:
         validate(0)
-    rows, buckets = dataset.remove_columns("image"), tuple(map(tuple, dataset["bucket"]))
+    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_sizes", "reference_hashes"])
+    layouts = tuple(map(layout_of, rows))
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
@@ -1014,9 +1086,9 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
         losses = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(buckets, args.train_batch_size, micro_step, accelerator.process_index,
+            draws = draw_batch(layouts, args.train_batch_size, micro_step, accelerator.process_index,
                                accelerator.num_processes, args.seed)  # fmt: skip
-            batch = make_batch(pipeline, rows, cache, draws, accelerator.device)
+            batch = make_batch(pipeline, rows, cache, draws, args, accelerator.device)
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)

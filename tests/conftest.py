@@ -85,9 +85,9 @@ def make_tokenizer(folder):
     return tokenizer
 
 
-def text_config(tokenizer, hidden_size=HIDDEN):
+def text_config(tokenizer, hidden_size=HIDDEN, layers=3):
     return {
-        "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": 3,
+        "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     }  # fmt: skip
@@ -118,7 +118,7 @@ def save_base(folder, tokenizer, axes_lens=(512, 64, 64)):
     ).save_pretrained(folder)
 
 
-def save_vlm(folder, tokenizer, hidden_size=HIDDEN):
+def save_vlm(folder, tokenizer, hidden_size=HIDDEN, layers=3):
     """A Qwen3-VL with language weights and a rope_theta of its own, 8-pixel patches merged two by two."""
     torch.manual_seed(1)
     token = tokenizer.convert_tokens_to_ids
@@ -129,7 +129,7 @@ def save_vlm(folder, tokenizer, hidden_size=HIDDEN):
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     config = Qwen3VLConfig(
-        text_config={**text_config(tokenizer, hidden_size), "rope_parameters": rope}, vision_config=vision,
+        text_config={**text_config(tokenizer, hidden_size, layers), "rope_parameters": rope}, vision_config=vision,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )  # fmt: skip
@@ -281,7 +281,8 @@ def student(pipeline, flags, tmp_path):
         """Contexts on both sides of the transformer's padding to 32 tokens; teacher and student contexts differ."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(size, 4, height // 4, width // 4, generator=generator)
-        contexts = [[torch.randn(n + i * 17, HIDDEN, generator=generator) for i in range(size)] for n in (20, 30)]
+        draw = lambda tokens: {"prompt_embeds": torch.randn(tokens, HIDDEN, generator=generator)}  # noqa: E731
+        contexts = [[draw(n + i * 17) for i in range(size)] for n in (20, 30)]
         return noise, *contexts
 
     def backward(batch, rollout_steps=4, synchronize=True, **changes):

@@ -200,11 +200,12 @@ def test_family_is_known_by_the_base(base):
 
 def test_velocity_is_noise_minus_data(pipeline):
     """With a wrong sign or time the rollout leaves the image instead of reaching it."""
-    latents, contexts = torch.randn(2, 4, 8, 8), [torch.randn(n, HIDDEN) for n in (5, 40)]
+    latents, embeds = torch.randn(2, 4, 8, 8), [torch.randn(n, HIDDEN) for n in (5, 40)]
     with torch.no_grad():
+        contexts = [{"prompt_embeds": e} for e in embeds]
         ours = pipeline.velocity(pipeline.transformer, latents, torch.tensor(250.0), contexts)
         times = torch.tensor([0.75, 0.75])
-        out = pipeline.transformer(list(latents.unsqueeze(2)), times, contexts, return_dict=False)[0]
+        out = pipeline.transformer(list(latents.unsqueeze(2)), times, embeds, return_dict=False)[0]
     assert ours.shape == latents.shape and ours.dtype == torch.float32
     torch.testing.assert_close(ours, -torch.stack(out).squeeze(2))
 
