@@ -103,7 +103,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
 # flags that a resumed run must share with the run before it
-FIXED_ON_RESUME = {"seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding"}
+FIXED_ON_RESUME = {
+    "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding",
+    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column",
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -914,9 +917,9 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    checkpoint = find_checkpoint(args)
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
+    checkpoint = find_checkpoint(args)
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:

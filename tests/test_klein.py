@@ -321,6 +321,16 @@ def test_cache_is_renewed_when_the_teacher_changes(train_klein, tmp_path):
     assert counts == [2, 4, 6, 8, 8]
 
 
+@pytest.mark.parametrize("changes", [{"teacher_context": "edit"}, {"teacher_image": "other"}])
+def test_resume_with_another_teacher_is_an_error(train_klein, trained, changes):
+    """Half a training by one teacher and half by another is neither."""
+    (flag,) = changes
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        train_klein(
+            trained, resume_from_checkpoint="latest", max_train_steps=9, rollout_steps=4, ema_decay=1.0, lora_alpha=8, **changes
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
