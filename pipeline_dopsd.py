@@ -15,7 +15,7 @@ Loading a trained LoRA (`repo` is a folder or a repository on the Hub):
 # (a) the base through this file, then the LoRA
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=repo, trust_remote_code=True)
 pipe.load_lora_weights(repo)
-# (b) the repository alone: the base is fetched by its name
+# (b) the repository alone: the base is fetched by its name; for another dtype add base_dtype="float16"
 pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 # (c) no custom code: pass the number of steps and guidance_scale=0.0 yourself
 pipe = DiffusionPipeline.from_pretrained(base)

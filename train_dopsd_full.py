@@ -763,8 +763,11 @@ def settings_of(args):
 
 def public_settings(args):
     """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
-    local = lambda value: isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)  # noqa: E731
-    return {name: Path(value).name if local(value) else value for name, value in settings_of(args).items()}
+
+    def shown(value):
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+
+    return {name: shown(value) for name, value in settings_of(args).items()}
 
 
 def register_full_hooks(accelerator, transformer, teacher, networks):

@@ -210,26 +210,19 @@ def test_velocity_is_noise_minus_data(pipeline):
     torch.testing.assert_close(ours, -torch.stack(out).squeeze(2))
 
 
-def test_two_files_alone_run_without_network(flags, tmp_path):
-    """`accelerate launch` of the script in an empty folder, on a machine that is offline and does not say so."""
-    folder = tmp_path / "alone"
+@pytest.mark.parametrize("name", ["train_dopsd_lora.py", "train_dopsd_full.py"])
+def test_two_files_alone_run_without_network(train, train_full, tmp_path, name):
+    """`accelerate launch` of a script in an empty folder, on a machine that is offline and does not say so."""
+    folder, trainer = tmp_path / "alone", train if "lora" in name else train_full
     folder.mkdir()
-    for name in ("train_dopsd_lora.py", "pipeline_dopsd.py"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    env = guarded_environment(tmp_path)
+    for file in (name, "pipeline_dopsd.py"):
+        (folder / file).write_bytes((ROOT / file).read_bytes())
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
     changes = {"validation_steps": 1, "report_to": "tensorboard", "context_cache_dir": None, "mixed_precision": None}
-    command = [sys.executable, *launcher, "train_dopsd_lora.py", *flags("out", max_train_steps=1, **changes)]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *launcher, name, *trainer.flags("out", max_train_steps=1, **changes)]
+    environment = guarded_environment(tmp_path)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "network.log").read_text() == ""
-    names = {p.name for p in (folder / "out").iterdir()}
-    assert names >= {
-        LORA,
-        "README.md",
-        "model_index.json",
-        "pipeline.py",
-        "pipeline_dopsd.py",
-        "checkpoint-1",
-        "validation",
-    }
+    expected = {"README.md", "model_index.json", "pipeline.py", "pipeline_dopsd.py", "checkpoint-1", "validation", "samples"}
+    assert {p.name for p in (folder / "out").iterdir()} >= {trainer.result.split("/")[0], *expected}
