@@ -15,7 +15,7 @@ Loading a trained LoRA (`repo` is a folder or a repository on the Hub):
 # (a) the base through this file, then the LoRA
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=repo, trust_remote_code=True)
 pipe.load_lora_weights(repo)
-# (b) the repository alone: the base is fetched by its name
+# (b) the repository alone: the base is fetched by its name; for another dtype add base_dtype="float16"
 pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 # (c) no custom code: pass the number of steps and guidance_scale=0.0 yourself
 pipe = DiffusionPipeline.from_pretrained(base)
@@ -25,7 +25,9 @@ pipe.load_lora_weights(repo)
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
 
 import numpy as np
 import torch
@@ -170,6 +172,35 @@ class DOPSDMixin:
     # hidden size of the text encoder -> the Qwen3-VL of its size
     vlms = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}
     multimodal_encoder: MultimodalEncoder | None = None
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **kwargs):
+        """As the stock pipeline's, after a look at the base that a repository's model_index.json names.
+
+        Raises:
+            ValueError: the LoRA was trained on another base of the Hub.
+        """
+        source, base = pretrained_model_name_or_path_or_dict, self.config.get("_name_or_path")
+        trained_on, options = None, {n: kwargs[n] for n in ("token", "revision", "local_files_only") if n in kwargs}
+        if isinstance(source, (str, os.PathLike)) and not self.config.get("base_model"):
+            with contextlib.suppress(OSError):  # a file, or a repository without model_index.json
+                trained_on = DiffusionPipeline.load_config(source, **options).get("base_model")
+        # a folder may be a copy of the base under another name
+        if trained_on and base and trained_on != base and not os.path.isdir(trained_on) and not os.path.isdir(base):
+            raise ValueError(
+                f"{source} was trained on {trained_on}, not on {base}. To try it there all the same, load it with the stock "
+                "pipeline, without custom_pipeline."
+            )
+        super().load_lora_weights(source, **kwargs)
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
+        """As the stock pipeline's. Raises ValueError where a layer of the LoRA does not fit the transformer."""
+        modules = dict(transformer.named_modules())
+        for name, weight in state_dict.items():
+            layer, side, _ = name.removeprefix("transformer.").rpartition(".lora_A.weight")
+            if side and getattr(modules.get(layer), "in_features", None) != weight.shape[1]:
+                raise ValueError(f"This LoRA was trained on another base: its layer {layer}, {weight.shape[1]} wide, does not fit.")
+        super().load_lora_into_transformer(state_dict, transformer=transformer, **kwargs)
 
     def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""

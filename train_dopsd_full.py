@@ -47,6 +47,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -76,14 +77,19 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
 from huggingface_hub import (
+    CommitOperationAdd,
     ModelCard,
     ModelCardData,
+    create_commit,
     create_repo,
+    get_session,
+    hf_hub_download,
+    model_info,
     save_torch_state_dict,
+    set_client_factory,
     snapshot_download,
-    upload_folder,
 )
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -102,6 +108,8 @@ logger = get_logger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
+LOSSES_NAME = "losses.csv"
+REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
     "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding",
@@ -189,8 +197,12 @@ def add_output_arguments(parser):
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
-    add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
+    add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
+        "are tried six times.")  # fmt: skip
 
 
 def add_full_arguments(parser):
@@ -230,6 +242,13 @@ def check_arguments(parser, args):
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
     if args.checkpointing_steps < 1:
         parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
+    if args.hub_push_checkpoints and not args.push_to_hub:
+        parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.hub_timeout <= 0:
+        parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
+    args.hub_token = (args.hub_token or "").strip() or None
+    if args.hub_token:
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -689,6 +708,7 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
         pictures.append(training_image(shown))
     if not accelerator.is_main_process:
         return
+    save_samples(pictures[::3] if step else [], args)
     pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
     grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
     folder = Path(args.output_dir) / "validation"
@@ -797,6 +817,15 @@ def settings_of(args):
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
+def public_settings(args):
+    """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
+
+    def shown(value):
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+
+    return {name: shown(value) for name, value in settings_of(args).items()}
+
+
 def register_full_hooks(accelerator, transformer, teacher, networks):
     """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are
     written that make the folders loadable."""
@@ -832,7 +861,7 @@ def save_pipeline(transformer, family, args):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__}  # noqa: F401\n")
-    (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
 
 
 def component_folders(index):
@@ -840,48 +869,195 @@ def component_folders(index):
     return [name for name, value in index.items() if isinstance(value, list) and value[0]]
 
 
-def save_full_card(args):
-    """README.md of the repository, written without asking the Hub anything."""
-    base = args.pretrained_model_name_or_path
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    data = ModelCardData(base_model=base, library_name="diffusers", tags=["text-to-image", "diffusers", "d-opsd"])
+# ------------------------------------------------------------------------------------------------------- card and push
+def save_samples(pictures, args):
+    """Replaces the pictures of the model card's gallery."""
+    folder = Path(args.output_dir) / "samples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+
+
+def gallery(dataset, args):
+    """File name -> prompt of the pictures that `save_samples` writes."""
+    pairs = validation_pairs(dataset, args) if args.validation_steps else []
+    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
+
+
+def card_data(args, samples, tags):
+    """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
+    base, licence = args.pretrained_model_name_or_path, {}
+    local, prompt = Path(base).is_dir(), args.instance_prompt
+    with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
+        card = Path(base) / "README.md"
+        if not local:
+            offline = not args.push_to_hub
+            card = hf_hub_download(base, card.name, revision=args.revision, token=args.hub_token, local_files_only=offline)
+        data = ModelCard.load(card).data
+        licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+    widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
+    return ModelCardData(
+        base_model=None if local else base,  # the Hub refuses what is no repository
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "d-opsd", *tags],
+        instance_prompt=prompt,
+        widget=widget or None,
+        **licence,
+    )
+
+
+def training_command(args):
+    """The command that trained this, without the token and without flags that have their default."""
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
+    words = ["accelerate", "launch", Path(__file__).name]
+    for name, value in public_settings(args).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value != defaults[name]:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def draw_loss_curve(args, step):
+    """Writes loss.png, the loss over the steps up to `step`; each point is the mean of a hundredth of them."""
+    file = Path(args.output_dir) / LOSSES_NAME
+    file.touch()
+    rows = [line.split(",") for line in file.read_text().splitlines() if line.count(",") == 1]
+    # of a step that was done twice, before and after a resume, the later line counts
+    losses = [loss for done, loss in sorted({int(done): float(loss) for done, loss in rows}.items()) if done <= step]
+    if not losses:
+        return
+    means = [part.mean() for part in np.array_split(losses, min(100, len(losses)))]
+    width, height, margin, top = 640, 320, 40, max(means) or 1.0
+    across, up = (width - 2 * margin) / max(1, len(means) - 1), (height - 2 * margin) / top
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([margin, margin, width - margin, height - margin], outline="grey")
+    draw.line([(margin + i * across, height - margin - mean * up) for i, mean in enumerate(means)], fill="blue", width=2)
+    draw.text((margin, margin - 15), f"loss, 0 to {top:.3g}", fill="black")
+    draw.text((margin, height - margin + 5), f"{len(losses)} steps", fill="black")
+    image.save(file.with_name("loss.png"))
+
+
+def repository_name(args):
+    """What --hub_model_id names, or the name of OUTPUT_DIR."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def save_card(args, samples, step, name, about, loading, tags):
+    """Writes README.md.
+
+    Args:
+        samples: file name -> prompt of the gallery.
+        about: what this is, the beginning of a sentence.
+        loading: lines of code that make `pipe`.
+    """
+    draw_loss_curve(args, step)
+    data = card_data(args, samples, tags)
+    prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
+    images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
+    way = "as a reference image"
+    if args.teacher_context == "vlm":
+        way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
     content = f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-[{base}](https://huggingface.co/{base}), fine-tuned as a whole with D-OPSD (https://arxiv.org/abs/2605.05204) on its own
-{args.rollout_steps}-step rollouts. It is used as the base is: {args.num_inference_steps} steps, no guidance.
+{about}, trained with [D-OPSD](https://arxiv.org/abs/2605.05204) on the base's own few-step rollouts. It is used as the base is:
+{args.num_inference_steps} steps, no guidance.
+
+{"<Gallery />" if data.widget else ""}
 
 ```py
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
-image = pipe("your prompt", num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
+{loading}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+             guidance_scale=0.0).images[0]
 ```
 
-{args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
+## Training
+
+{step} steps of {images} images, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+the student with decay {args.ema_decay}, saw {shown} {way}.
+
+```bash
+{training_command(args)}
+```
+
+![Loss over steps](loss.png)
+
+## Limits
+
+It draws what its teacher could draw when it saw the training images, at the steps above, from text alone and without guidance.
+How well it still draws what the base can draw was not measured by the training script.
 """
-    (Path(args.output_dir) / "README.md").write_text(content)
-    ModelCard(content)  # raises if the metadata is not valid YAML
+    ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
-def push_pipeline_to_hub(args):
-    """Pushes the pipeline's folder, without checkpoints, logs and contexts, in one commit."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo = create_repo(name, token=args.hub_token, exist_ok=True)
-    folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
-    files = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-    upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=[*files, *(f"{name}/*" for name in folders)],
-        commit_message="Model fine-tuned with D-OPSD",
-        token=args.hub_token,
-    )
-    logger.info(f"Pushed to {repo}")
+def push(args, step, save_card, files, message):
+    """Pushes the `files` (patterns) of OUTPUT_DIR in one commit. During training, a failure is a warning.
+
+    Raises:
+        InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
+    """
+    name, folder, client = repository_name(args), Path(args.output_dir), get_session()
+    deadline = time.monotonic() + args.hub_timeout
+
+    def stop(request):
+        if request.url.path.endswith("/repos/create") and time.monotonic() > deadline:
+            raise TimeoutError("the Hub is busy with another change")
+
+    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
+    hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], stop]}
+    set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=args.hub_timeout))
+    try:
+        repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
+            raise ValueError(f"{repo} exists and is public")
+        save_card(repo)  # now that the user's name in front is known
+        # upload_folder may make several commits
+        paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        create_commit(repo, additions, commit_message=message, token=args.hub_token)
+        logger.info(f"Pushed to {repo}.")
+    except Exception as error:  # of the network, the Hub, the token or the name
+        private = ["--private"] if args.hub_private_repo else []
+        later = shlex.join(["hf", "upload", name, args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {later}"
+        if step == args.max_train_steps:
+            raise InputError(failure) from error
+        logger.warning(failure)
+    finally:
+        deadline = math.inf  # the client of the next push inherits `stop`
+
+
+def publish_pipeline(transformer, family, samples, args, accelerator, step):
+    """Saves the pipeline's folder, and pushes it if that is asked for."""
+    save_pipeline(transformer, family, args)
+    if not accelerator.is_main_process:
+        return
+    card = functools.partial(save_full_card, args, samples, step)
+    card(repository_name(args))
+    if args.push_to_hub:
+        folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
+        files = [*REPOSITORY_FILES, *samples, *(f"{name}/*" for name in folders)]
+        push(args, step, card, files, f"Model fine-tuned with D-OPSD, step {step}")
+
+
+def save_full_card(args, samples, step, name):
+    """README.md of the pipeline that users load as `name`."""
+    about = f"{args.pretrained_model_name_or_path}, fine-tuned as a whole"
+    loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
+    save_card(args, samples, step, name, about, loading, [])
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -917,6 +1093,8 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
+        logger.warning("The base is a folder: others cannot load what is pushed by itself. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)
@@ -1072,7 +1250,7 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator):
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
@@ -1111,10 +1289,15 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
         logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
         bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
         accelerator.log(logs, step=done)
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
+                print(done, logs["loss"], sep=",", file=file)
         if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
             validate(done)
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             save_checkpoint(accelerator, args, done)
+            if args.hub_push_checkpoints and done < args.max_train_steps:
+                publish(done)
 
 
 def check_full_inputs(args, accelerator):
@@ -1165,13 +1348,10 @@ def main(args):
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     backward = backward_all_states if args.fused_backward_pass else backward_each_state
-    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator)
-
-    save_pipeline(pipeline.transformer, family, args)
-    if accelerator.is_main_process:
-        save_full_card(args)
-        if args.push_to_hub:
-            push_pipeline_to_hub(args)
+    publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
+    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+          accelerator)  # fmt: skip
+    publish(args.max_train_steps)
     accelerator.end_training()
 
 

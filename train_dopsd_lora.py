@@ -46,6 +46,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -70,15 +71,20 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, is_bitsandbytes_available, make_image_grid
 from huggingface_hub import (
+    CommitOperationAdd,
     ModelCard,
     ModelCardData,
+    create_commit,
     create_repo,
+    get_session,
+    hf_hub_download,
+    model_info,
     save_torch_state_dict,
+    set_client_factory,
     snapshot_download,
-    upload_folder,
 )
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
@@ -95,9 +101,11 @@ logger = get_logger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
+LOSSES_NAME = "losses.csv"
+REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
-    "rank", "lora_alpha", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
+    "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column",
 }  # fmt: skip
 
@@ -182,14 +190,19 @@ def add_output_arguments(parser):
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
-    add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
+    add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
+        "are tried six times.")  # fmt: skip
 
 
 def add_lora_arguments(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=64)
     add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
+    add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
     add("--lora_layers", help="Endings of layer names, with commas. Default: attention and feed-forward of all blocks.")
 
 
@@ -204,6 +217,13 @@ def check_arguments(parser, args):
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
     if args.checkpointing_steps < 1:
         parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
+    if args.hub_push_checkpoints and not args.push_to_hub:
+        parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.hub_timeout <= 0:
+        parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
+    args.hub_token = (args.hub_token or "").strip() or None
+    if args.hub_token:
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -637,6 +657,7 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
         pictures.append(training_image(shown))
     if not accelerator.is_main_process:
         return
+    save_samples(pictures[::3] if step else [], args)
     pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
     grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
     folder = Path(args.output_dir) / "validation"
@@ -745,11 +766,21 @@ def settings_of(args):
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
+def public_settings(args):
+    """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
+
+    def shown(value):
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+
+    return {name: shown(value) for name, value in settings_of(args).items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- output
-def lora_state_dict(transformer, rank, alpha):
-    """Weights of the LoRA with alpha / rank folded into lora_B, so that programs that ignore alpha run it at equal strength."""
+def lora_state_dict(transformer):
+    """Weights of the LoRA with its scale folded into lora_B, so that programs that ignore alpha run it at equal strength."""
     weights = get_peft_model_state_dict(transformer)
-    return {n: (w * (alpha / rank) if ".lora_B." in n else w).contiguous() for n, w in weights.items()}
+    scale = {n: transformer.get_submodule(n.split(".lora_B.")[0]).scaling["default"] for n in weights if ".lora_B." in n}
+    return {n: (w * scale.get(n, 1.0)).contiguous() for n, w in weights.items()}
 
 
 def save_lora(pipeline, transformer, targets, args):
@@ -757,7 +788,7 @@ def save_lora(pipeline, transformer, targets, args):
     aside = Path(args.output_dir) / ".lora.tmp"
     pipeline.save_lora_weights(
         aside,
-        transformer_lora_layers=lora_state_dict(transformer, args.rank, args.lora_alpha),
+        transformer_lora_layers=lora_state_dict(transformer),
         weight_name=LORA_WEIGHT_NAME,
         transformer_lora_adapter_metadata={"r": args.rank, "lora_alpha": args.rank, "target_modules": targets},
     )
@@ -773,52 +804,199 @@ def save_repository_files(pipeline, args):
     base_dtype = "bfloat16" if weight_dtype_of(args) == torch.bfloat16 else "float32"
     index = repository_config(pipeline, args.pretrained_model_name_or_path, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
 
 
-def save_model_card(args):
-    """README.md of the repository, written without asking the Hub anything."""
-    base, prompt = args.pretrained_model_name_or_path, args.instance_prompt
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", "d-opsd"]
-    data = ModelCardData(base_model=base, library_name="diffusers", tags=tags, instance_prompt=prompt)
+# ------------------------------------------------------------------------------------------------------- card and push
+def save_samples(pictures, args):
+    """Replaces the pictures of the model card's gallery."""
+    folder = Path(args.output_dir) / "samples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+
+
+def gallery(dataset, args):
+    """File name -> prompt of the pictures that `save_samples` writes."""
+    pairs = validation_pairs(dataset, args) if args.validation_steps else []
+    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
+
+
+def card_data(args, samples, tags):
+    """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
+    base, licence = args.pretrained_model_name_or_path, {}
+    local, prompt = Path(base).is_dir(), args.instance_prompt
+    with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
+        card = Path(base) / "README.md"
+        if not local:
+            offline = not args.push_to_hub
+            card = hf_hub_download(base, card.name, revision=args.revision, token=args.hub_token, local_files_only=offline)
+        data = ModelCard.load(card).data
+        licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+    widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
+    return ModelCardData(
+        base_model=None if local else base,  # the Hub refuses what is no repository
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "d-opsd", *tags],
+        instance_prompt=prompt,
+        widget=widget or None,
+        **licence,
+    )
+
+
+def training_command(args):
+    """The command that trained this, without the token and without flags that have their default."""
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
+    words = ["accelerate", "launch", Path(__file__).name]
+    for name, value in public_settings(args).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value != defaults[name]:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def draw_loss_curve(args, step):
+    """Writes loss.png, the loss over the steps up to `step`; each point is the mean of a hundredth of them."""
+    file = Path(args.output_dir) / LOSSES_NAME
+    file.touch()
+    rows = [line.split(",") for line in file.read_text().splitlines() if line.count(",") == 1]
+    # of a step that was done twice, before and after a resume, the later line counts
+    losses = [loss for done, loss in sorted({int(done): float(loss) for done, loss in rows}.items()) if done <= step]
+    if not losses:
+        return
+    means = [part.mean() for part in np.array_split(losses, min(100, len(losses)))]
+    width, height, margin, top = 640, 320, 40, max(means) or 1.0
+    across, up = (width - 2 * margin) / max(1, len(means) - 1), (height - 2 * margin) / top
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([margin, margin, width - margin, height - margin], outline="grey")
+    draw.line([(margin + i * across, height - margin - mean * up) for i, mean in enumerate(means)], fill="blue", width=2)
+    draw.text((margin, margin - 15), f"loss, 0 to {top:.3g}", fill="black")
+    draw.text((margin, height - margin + 5), f"{len(losses)} steps", fill="black")
+    image.save(file.with_name("loss.png"))
+
+
+def repository_name(args):
+    """What --hub_model_id names, or the name of OUTPUT_DIR."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def save_card(args, samples, step, name, about, loading, tags):
+    """Writes README.md.
+
+    Args:
+        samples: file name -> prompt of the gallery.
+        about: what this is, the beginning of a sentence.
+        loading: lines of code that make `pipe`.
+    """
+    draw_loss_curve(args, step)
+    data = card_data(args, samples, tags)
+    prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
+    images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
+    way = "as a reference image"
+    if args.teacher_context == "vlm":
+        way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
     content = f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-LoRA for [{base}](https://huggingface.co/{base}), trained with D-OPSD (https://arxiv.org/abs/2605.05204) on the base's own
-{args.rollout_steps}-step rollouts. It is used as the base is: {args.num_inference_steps} steps, no guidance.
+{about}, trained with [D-OPSD](https://arxiv.org/abs/2605.05204) on the base's own few-step rollouts. It is used as the base is:
+{args.num_inference_steps} steps, no guidance.
+
+{"<Gallery />" if data.widget else ""}
 
 ```py
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)
-pipe.load_lora_weights("{name}")
-image = pipe({json.dumps(prompt or "your prompt")}, num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
+{loading}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+             guidance_scale=0.0).images[0]
 ```
 
-Rank {args.rank}, {args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
+## Training
+
+{step} steps of {images} images, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+the student with decay {args.ema_decay}, saw {shown} {way}.
+
+```bash
+{training_command(args)}
+```
+
+![Loss over steps](loss.png)
+
+## Limits
+
+It draws what its teacher could draw when it saw the training images, at the steps above, from text alone and without guidance.
+How well it still draws what the base can draw was not measured by the training script.
 """
-    (Path(args.output_dir) / "README.md").write_text(content)
-    ModelCard(content)  # raises if the metadata is not valid YAML
+    ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
-def push_to_hub(args):
-    """Pushes the files of the result, and nothing else of OUTPUT_DIR, in one commit."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo = create_repo(name, token=args.hub_token, exist_ok=True)
-    files = [LORA_WEIGHT_NAME, "README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-    upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=files,
-        commit_message="LoRA trained with D-OPSD",
-        token=args.hub_token,
-    )
-    logger.info(f"Pushed to {repo}")
+def push(args, step, save_card, files, message):
+    """Pushes the `files` (patterns) of OUTPUT_DIR in one commit. During training, a failure is a warning.
+
+    Raises:
+        InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
+    """
+    name, folder, client = repository_name(args), Path(args.output_dir), get_session()
+    deadline = time.monotonic() + args.hub_timeout
+
+    def stop(request):
+        if request.url.path.endswith("/repos/create") and time.monotonic() > deadline:
+            raise TimeoutError("the Hub is busy with another change")
+
+    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
+    hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], stop]}
+    set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=args.hub_timeout))
+    try:
+        repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
+            raise ValueError(f"{repo} exists and is public")
+        save_card(repo)  # now that the user's name in front is known
+        # upload_folder may make several commits
+        paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        create_commit(repo, additions, commit_message=message, token=args.hub_token)
+        logger.info(f"Pushed to {repo}.")
+    except Exception as error:  # of the network, the Hub, the token or the name
+        private = ["--private"] if args.hub_private_repo else []
+        later = shlex.join(["hf", "upload", name, args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {later}"
+        if step == args.max_train_steps:
+            raise InputError(failure) from error
+        logger.warning(failure)
+    finally:
+        deadline = math.inf  # the client of the next push inherits `stop`
+
+
+def publish_lora(pipeline, targets, samples, args, accelerator, step):
+    """Saves the LoRA with what belongs to its repository, and pushes it if that is asked for."""
+    if not accelerator.is_main_process:
+        return
+    save_lora(pipeline, accelerator.unwrap_model(pipeline.transformer), targets, args)
+    save_repository_files(pipeline, args)
+    card = functools.partial(save_lora_card, args, samples, step)
+    card(repository_name(args))
+    if args.push_to_hub:
+        push(args, step, card, [LORA_WEIGHT_NAME, *REPOSITORY_FILES, *samples], f"LoRA trained with D-OPSD, step {step}")
+
+
+def save_lora_card(args, samples, step, name):
+    """README.md of the LoRA that users load as `name`."""
+    base = args.pretrained_model_name_or_path
+    about = f"LoRA of rank {args.rank} for {base}"
+    loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16)\n"
+    loading += f"pipe.load_lora_weights({json.dumps(name)})"
+    save_card(args, samples, step, name, about, loading, ["lora", "template:sd-lora"])
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -854,6 +1032,8 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
+        logger.warning("The base is a folder: others cannot load what is pushed by itself. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)
@@ -928,7 +1108,8 @@ def find_lora_targets(family, args):
 
 def add_lora(pipeline, targets, args):
     """Adds the LoRA in fp32 to the layers `targets` of the transformer."""
-    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets)
+    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora, init_lora_weights="gaussian",
+                        target_modules=targets)  # fmt: skip
     pipeline.transformer.add_adapter(config)
     cast_training_params(pipeline.transformer, dtype=torch.float32)
     count = sum(p.numel() for p in pipeline.transformer.parameters() if p.requires_grad)
@@ -990,7 +1171,7 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator):
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
@@ -1029,10 +1210,15 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
         logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
         bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
         accelerator.log(logs, step=done)
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
+                print(done, logs["loss"], sep=",", file=file)
         if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
             validate(done)
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             save_checkpoint(accelerator, args, done)
+            if args.hub_push_checkpoints and done < args.max_train_steps:
+                publish(done)
 
 
 def main(args):
@@ -1060,15 +1246,10 @@ def main(args):
 
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
-    train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, args,
-          accelerator)  # fmt: skip
-
-    if accelerator.is_main_process:
-        save_lora(pipeline, accelerator.unwrap_model(pipeline.transformer), targets, args)
-        save_repository_files(pipeline, args)
-        save_model_card(args)
-        if args.push_to_hub:
-            push_to_hub(args)
+    publish = functools.partial(publish_lora, pipeline, targets, gallery(dataset, args), args, accelerator)
+    train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, publish,
+          args, accelerator)  # fmt: skip
+    publish(args.max_train_steps)
     accelerator.end_training()
 
 

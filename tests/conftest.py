@@ -93,13 +93,13 @@ def text_config(tokenizer, hidden_size=HIDDEN, layers=3):
     }  # fmt: skip
 
 
-def save_base(folder, tokenizer, axes_lens=(512, 64, 64)):
+def save_base(folder, tokenizer, axes_lens=(512, 64, 64), dim=64):
     """A Z-Image: text encoder with rope_theta 1e4, VAE f4, images in multiples of 8 pixels."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4}
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
-        axes_dims=[8, 12, 12], axes_lens=list(axes_lens),
+        in_channels=4, dim=dim, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
+        axes_dims=[dim // 2 - 24, 12, 12], axes_lens=list(axes_lens),
     )  # fmt: skip
     for name, parameter in transformer.named_parameters():
         if name.endswith("pad_token"):
@@ -241,6 +241,38 @@ def train_full(flags):
 def train_any(request, train, train_full):
     """Each training script in turn."""
     return train if request.param == "lora" else train_full
+
+
+SITECUSTOMIZE = """
+import os, socket
+def refuse(name, call):
+    def guarded(self, address, *args):
+        if self.family == socket.AF_UNIX or address[0] == os.environ["NETWORK_ALLOWED"]:
+            return call(self, address, *args)
+        note(f"{name} {address}")
+    return guarded
+def note(text):
+    with open(os.environ["NETWORK_LOG"], "a") as log:
+        log.write(text + "\\n")
+    raise OSError("no network in this test: " + text)
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse(name, getattr(socket.socket, name)))
+find = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    return find(host, *args, **kwargs) if host == os.environ["NETWORK_ALLOWED"] else note(f"getaddrinfo {host}")
+socket.getaddrinfo = getaddrinfo
+open(os.environ["NETWORK_LOG"], "a").close()
+"""
+
+
+def guarded_environment(folder, hub=None):
+    """Environment of a new process that can reach nothing but the address of the stand-in `hub`; others land in network.log."""
+    (folder / "guard").mkdir(parents=True, exist_ok=True)
+    (folder / "guard" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    env = {n: v for n, v in os.environ.items() if n not in ("HF_HUB_OFFLINE", "HF_TOKEN")} | {"OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(folder / "guard"), "NETWORK_LOG": str(folder / "network.log"), "HF_HOME": str(folder / "home")}
+    env |= {"NETWORK_ALLOWED": "127.0.0.1" if hub else "none", "HF_HUB_DISABLE_XET": "1"}
+    return env | ({"HF_ENDPOINT": hub} if hub else {})
 
 
 @pytest.fixture
