@@ -1176,7 +1176,8 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator):
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+          accelerator):  # fmt: skip
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
