@@ -926,7 +926,7 @@ image = pipe({prompt}, height={args.resolution}, width={args.resolution}, num_in
 
 ## Training
 
-{step} steps of {images} images, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
 the student with decay {args.ema_decay}, saw the training image in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}.
 
 ```bash
@@ -997,7 +997,7 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
 
 def save_full_card(args, samples, step, name):
     """README.md of the pipeline that users load as `name`."""
-    about = f"{args.pretrained_model_name_or_path}, fine-tuned as a whole"
+    about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
     loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
     save_card(args, samples, step, name, about, loading, [])
 

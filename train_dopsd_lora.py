@@ -866,7 +866,7 @@ image = pipe({prompt}, height={args.resolution}, width={args.resolution}, num_in
 
 ## Training
 
-{step} steps of {images} images, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
 the student with decay {args.ema_decay}, saw the training image in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}.
 
 ```bash
@@ -937,7 +937,7 @@ def publish_lora(pipeline, targets, samples, args, accelerator, step):
 def save_lora_card(args, samples, step, name):
     """README.md of the LoRA that users load as `name`."""
     base = args.pretrained_model_name_or_path
-    about = f"LoRA of rank {args.rank} for {base}"
+    about = f"LoRA of rank {args.rank} for {public_settings(args)['pretrained_model_name_or_path']}"
     loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16)\n"
     loading += f"pipe.load_lora_weights({json.dumps(name)})"
     save_card(args, samples, step, name, about, loading, ["lora", "template:sd-lora"])
