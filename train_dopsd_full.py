@@ -89,6 +89,7 @@ from huggingface_hub import (
     set_client_factory,
     snapshot_download,
 )
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
@@ -985,7 +986,7 @@ image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution},
 
 ## Training
 
-{step} steps of {images} images, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
 the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ```bash
@@ -1009,19 +1010,22 @@ def push(args, step, save_card, files, message):
         InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
     """
     name, folder, client = repository_name(args), Path(args.output_dir), get_session()
-    deadline = time.monotonic() + args.hub_timeout
+    asked = []
 
     def stop(request):
-        if request.url.path.endswith("/repos/create") and time.monotonic() > deadline:
-            raise TimeoutError("the Hub is busy with another change")
+        if request.url.path.endswith("/repos/create"):
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] > args.hub_timeout:
+                raise TimeoutError("the Hub is busy with another change")
 
     # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
-    hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], stop]}
-    set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=args.hub_timeout))
+    hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]  # without that of the push before
+    limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
+    set_client_factory(lambda: type(client)(**limits))
     try:
         repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
         if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
-            raise ValueError(f"{repo} exists and is public")
+            raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
         # upload_folder may make several commits
         paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
@@ -1036,8 +1040,6 @@ def push(args, step, save_card, files, message):
         if step == args.max_train_steps:
             raise InputError(failure) from error
         logger.warning(failure)
-    finally:
-        deadline = math.inf  # the client of the next push inherits `stop`
 
 
 def publish_pipeline(transformer, family, samples, args, accelerator, step):
@@ -1055,7 +1057,7 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
 
 def save_full_card(args, samples, step, name):
     """README.md of the pipeline that users load as `name`."""
-    about = f"{args.pretrained_model_name_or_path}, fine-tuned as a whole"
+    about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
     loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
     save_card(args, samples, step, name, about, loading, [])
 
@@ -1093,8 +1095,10 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
-        logger.warning("The base is a folder: others cannot load what is pushed by itself. Give the base's id on the Hub.")
+    if args.push_to_hub:
+        validate_repo_id(repository_name(args))
+        if Path(args.pretrained_model_name_or_path).is_dir():
+            logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)
@@ -1250,7 +1254,8 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator):
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+          accelerator):  # fmt: skip
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ def save(base, flags, tmp_path):
     """Saves a LoRA of random weights as the script does; returns its folder and what it does to the weights in training."""
 
     def run(name="lora", seed=0, switches=(), **changes):
+        PartialState(cpu=True)  # the script's logger asks for it
         args = script.parse_args(flags(tmp_path / name, *switches, **changes))
         pipeline = DOPSDZImagePipeline.from_pretrained(base)
         pipeline.transformer.requires_grad_(False)
