@@ -4,7 +4,7 @@
 D-OPSD (https://arxiv.org/abs/2605.05204) fine-tunes step-distilled text-to-image models on their own few-step rollouts. A
 pipeline of this file is the stock diffusers pipeline plus
 
-- the teacher's multimodal context: a VLM whose language model is the pipeline's own text encoder,
+- the teacher's context: a VLM whose language model is the pipeline's own text encoder, or the model's own edit branch,
 - the few-step grid, the latents and the velocity, with the signs and times of the family,
 - the names of the layers that a LoRA trains,
 - few-step, text-only inference as the default of a call.
@@ -15,7 +15,7 @@ Loading a trained LoRA (`repo` is a folder or a repository on the Hub):
 # (a) the base through this file, then the LoRA
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=repo, trust_remote_code=True)
 pipe.load_lora_weights(repo)
-# (b) the repository alone: the base is fetched by its name
+# (b) the repository alone: the base is fetched by its name; for another dtype add base_dtype="float16"
 pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 # (c) no custom code: pass the number of steps and guidance_scale=0.0 yourself
 pipe = DiffusionPipeline.from_pretrained(base)
@@ -25,14 +25,23 @@ pipe.load_lora_weights(repo)
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
+
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import (
     calculate_shift,
     get_default_z_image_sigmas,
@@ -97,7 +106,7 @@ class MultimodalEncoder:
         self.config.text_config.rope_parameters = {**rope, **text_encoder.config.rope_parameters}
         self.model = Qwen3VLModel.from_pretrained(self.name, config=self.config, dtype=text_encoder.dtype)
         try:
-            self.model.language_model.load_state_dict(text_encoder.state_dict(), strict=True, assign=True)
+            self.model.language_model.load_state_dict(text_encoder.base_model.state_dict(), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"The text encoder's weights do not fit the VLM {self.name}: {error}") from error
         self.model.to(text_encoder.device).eval().requires_grad_(False)
@@ -119,42 +128,103 @@ class MultimodalEncoder:
                     f"{difference:.1e} on a text-only prompt; use a VLM of the same language model family."
                 )
 
-    def chat(self, prompt: str, image_tokens: int) -> str:
-        """One user turn, image first and then the prompt, with the generation prompt."""
+    def chat(self, prompt: str, image_tokens: int, ending: str = "") -> str:
+        """One user turn, image first and then the prompt, with the generation prompt and what the family puts after it."""
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         pad = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        return text.replace(pad, pad * image_tokens, 1)
+        return text.replace(pad, pad * image_tokens, 1) + ending
 
-    def context_length(self, prompt: str, height: int, width: int) -> int:
+    def context_length(self, prompt: str, height: int, width: int, ending: str = "") -> int:
         """Tokens of the context of `prompt` and an image of `height` x `width` pixels; needs no weights."""
         limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
         patches = self.image_processor.get_number_of_image_patches(height, width, limits)
-        return len(self.tokenizer(self.chat(prompt, patches // self.image_processor.merge_size**2)).input_ids)
+        return len(self.tokenizer(self.chat(prompt, patches // self.image_processor.merge_size**2, ending)).input_ids)
 
     @torch.no_grad()
-    def hidden_states(self, prompt: str, image) -> tuple[torch.Tensor, ...]:
-        """Hidden states of all layers, each (tokens, dim), for the chat with a PIL `image` and `prompt`."""
+    def hidden_states(self, prompt: str, image, ending: str = "", pad_to: int = 0) -> tuple[torch.Tensor, ...]:
+        """Hidden states of all layers, each (tokens, dim), for the chat with a PIL `image` and `prompt`.
+
+        Shorter contexts than `pad_to` tokens are padded at the end, masked as the text encoder's own padding is.
+        """
         inputs = dict(self.image_processor(images=[image], size=self.size, return_tensors="pt"))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         image_tokens = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-        inputs |= self.tokenizer(self.chat(prompt, image_tokens), return_tensors="pt")
+        padding = {"padding": "max_length", "max_length": pad_to, "padding_side": "right"} if pad_to else {}
+        inputs |= self.tokenizer(self.chat(prompt, image_tokens, ending), return_tensors="pt", **padding)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.config.image_token_id).long()
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         return tuple(h[0] for h in self.model(**inputs, output_hidden_states=True).hidden_states)
 
 
 class DOPSDMixin:
-    """What all families share. A family adds the methods that `DOPSDZImagePipeline` documents."""
+    """What all families share. A family adds the methods that `DOPSDZImagePipeline` documents.
 
+    A context is a dict of tensors without batch dimension: `prompt_embeds` (tokens, dim) and, where the transformer takes
+    reference images, `reference_0`, `reference_1`, .. (C, h, w).
+    """
+
+    teacher_contexts = ["vlm"]
+    default_teacher_suffixes = {"vlm": ""}
+    default_teacher_max_pixels = 768 * 768
+    # hidden size of the text encoder -> the Qwen3-VL of its size
+    vlms = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}
     multimodal_encoder: MultimodalEncoder | None = None
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **kwargs):
+        """As the stock pipeline's, after a look at the base that a repository's model_index.json names.
+
+        Raises:
+            ValueError: the LoRA was trained on another base of the Hub.
+        """
+        source, base = pretrained_model_name_or_path_or_dict, self.config.get("_name_or_path")
+        trained_on, options = None, {n: kwargs[n] for n in ("token", "revision", "local_files_only") if n in kwargs}
+        if isinstance(source, (str, os.PathLike)) and not self.config.get("base_model"):
+            with contextlib.suppress(OSError):  # a file, or a repository without model_index.json
+                trained_on = DiffusionPipeline.load_config(source, **options).get("base_model")
+        # a folder may be a copy of the base under another name
+        if trained_on and base and trained_on != base and not os.path.isdir(trained_on) and not os.path.isdir(base):
+            raise ValueError(
+                f"{source} was trained on {trained_on}, not on {base}. To try it there all the same, load it with the stock "
+                "pipeline, without custom_pipeline."
+            )
+        super().load_lora_weights(source, **kwargs)
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
+        """As the stock pipeline's. Raises ValueError where a layer of the LoRA does not fit the transformer."""
+        modules = dict(transformer.named_modules())
+        for name, weight in state_dict.items():
+            layer, side, _ = name.removeprefix("transformer.").rpartition(".lora_A.weight")
+            if side and getattr(modules.get(layer), "in_features", None) != weight.shape[1]:
+                raise ValueError(f"This LoRA was trained on another base: its layer {layer}, {weight.shape[1]} wide, does not fit.")
+        super().load_lora_into_transformer(state_dict, transformer=transformer, **kwargs)
 
     def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""
         self.multimodal_encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
         self.multimodal_encoder.transplant(self.text_encoder)
+
+    @staticmethod
+    def chat_ending(tokenizer) -> str:
+        """What the family's chats have after the generation prompt."""
+        return ""
+
+    @staticmethod
+    def size_multiple(vae_config: dict) -> int:
+        """Height and width of an image must be multiples of this number of pixels (VAE factor times patch size)."""
+        return 2 ** (len(vae_config["block_out_channels"]) - 1) * 2
+
+    @torch.no_grad()
+    def sample(self, transformer, contexts: list[dict], latents: torch.Tensor, num_steps: int) -> list:
+        """PIL images that `transformer` draws from the noise `latents` in `num_steps`: what a call does, for any context."""
+        for timestep in self.few_step_grid(num_steps, latents):
+            velocity = self.velocity(transformer, latents, timestep, contexts)
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        image = self.vae.decode(self.to_vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(image, output_type="pil")
 
     @classmethod
     def lora_targets(cls, transformer: torch.nn.Module, names: list[str] | None = None) -> list[str]:
@@ -186,7 +256,6 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     ]  # fmt: skip
-    default_vlm = "Qwen/Qwen3-VL-4B-Instruct"
     default_num_inference_steps = 8
     transformer_class = ZImageTransformer2DModel
     vae_class = AutoencoderKL
@@ -212,11 +281,6 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
 
     @staticmethod
-    def size_multiple(vae_config: dict) -> int:
-        """Height and width of an image must be multiples of this number of pixels (VAE factor times patch size)."""
-        return 2 ** (len(vae_config["block_out_channels"]) - 1) * 2
-
-    @staticmethod
     def max_context_length(transformer_config: dict) -> int:
         """The longest context, in tokens, that the transformer's position table holds (1504 for Z-Image-Turbo).
 
@@ -225,13 +289,15 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         return (transformer_config["axes_lens"][0] - 2) // 32 * 32
 
     @torch.no_grad()
-    def encode_student(self, prompts: list[str]) -> list[torch.Tensor]:
-        """Student context c_s: the stock text features, one (tokens, dim) per prompt."""
-        return self.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
+    def encode_student(self, prompts: list[str], references=None) -> list[dict]:
+        """Student context c_s: the stock text features, `prompt_embeds` (tokens, dim) per prompt."""
+        embeds = self.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
+        return [{"prompt_embeds": e} for e in embeds]
 
-    def encode_teacher(self, prompts: list[str], images: list) -> list[torch.Tensor]:
-        """Teacher context c_t: last-but-one hidden states of ALL tokens (chat, vision, text), one (tokens, dim) per pair."""
-        return [self.multimodal_encoder.hidden_states(p, i)[-2] for p, i in zip(prompts, images, strict=True)]
+    def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
+        """Teacher context c_t: last-but-one hidden states of ALL tokens (chat, vision, text), per prompt and image."""
+        encode = self.multimodal_encoder.hidden_states
+        return [{"prompt_embeds": encode(p, i)[-2]} for p, i in zip(prompts, images, strict=True)]
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
@@ -239,22 +305,22 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
             1, self.transformer.config.in_channels, height, width, torch.float32, torch.device("cpu"), generator
         )
 
-    def few_step_grid(self, num_steps: int, height: int, width: int, device) -> torch.Tensor:
-        """Sets the scheduler to the inference grid of `num_steps` and returns its timesteps (num_steps,), 1000 = noise."""
+    def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
+        """Sets the scheduler to the inference grid of `num_steps` for the size of `latents`; timesteps (num_steps,), 1000 = noise."""
         config = self.scheduler.config
         mu = calculate_shift(
-            (height // (self.vae_scale_factor * 2)) * (width // (self.vae_scale_factor * 2)),
+            (latents.shape[-2] // 2) * (latents.shape[-1] // 2),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
         sigmas = get_default_z_image_sigmas(num_steps)
-        timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, device, sigmas=sigmas, mu=mu)
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, latents.device, sigmas=sigmas, mu=mu)
         self.scheduler.set_begin_index(0)
         return timesteps
 
-    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[torch.Tensor]):
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
         """v_theta(x_t, t, c) = noise - data, shape of `latents` (B, C, h, w), fp32.
 
         The transformer's time runs from 0 (noise) to 1 (data) and its output is data - noise.
@@ -262,14 +328,162 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         Args:
             transformer: the (possibly wrapped) transformer to run.
             timestep: scalar tensor between 0 (data) and 1000 (noise).
-            contexts: one (tokens, dim) per image.
+            contexts: one per image.
         """
         dtype = getattr(transformer, "module", transformer).dtype  # DDP holds the transformer as its `module`
         images = list(latents.to(dtype).unsqueeze(2).unbind(0))
         time = (1000 - timestep.expand(len(images))) / 1000
-        contexts = [c.to(latents.device, dtype) for c in contexts]
-        out = transformer(images, time, contexts, return_dict=False)[0]
+        embeds = [c["prompt_embeds"].to(latents.device, dtype) for c in contexts]
+        out = transformer(images, time, embeds, return_dict=False)[0]
         return -torch.stack([o.float() for o in out]).squeeze(2)
+
+    def to_vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE decodes them."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+
+class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
+    """FLUX.2-klein with D-OPSD's contexts; calling it is few-step inference, of text alone unless images are given.
+
+    Args:
+        num_inference_steps (`int`): the checkpoint's number of steps, used when a call names none.
+        text_encoder_out_layers (`list[int]`): layers of the text encoder whose features are concatenated.
+    """
+
+    # attention and feed-forward of the double-stream blocks (image, text), then the fused layers of the single-stream blocks
+    lora_layers = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context.linear_in", "ff_context.linear_out",
+        "attn.to_qkv_mlp_proj", "attn.to_out",
+    ]  # fmt: skip
+    teacher_contexts = ["vlm", "edit"]
+    default_teacher_suffixes = {"vlm": "", "edit": ". Keep the subject, the background and the composition of the reference image."}
+    # 256 of the 512 tokens of a context: see `encode_teacher`
+    default_teacher_max_pixels = 512 * 512
+    default_num_inference_steps = 4
+    transformer_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default
+    stock_length = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["max_sequence_length"].default
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLFlux2,
+        text_encoder: PreTrainedModel,
+        tokenizer: AutoTokenizer,
+        transformer: Flux2Transformer2DModel,
+        is_distilled: bool = True,
+        num_inference_steps: int = 4,
+        text_encoder_out_layers: list = stock_layers,
+    ):
+        super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, text_encoder_out_layers=list(text_encoder_out_layers)
+        )
+
+    @torch.no_grad()
+    def __call__(self, image=None, prompt=None, *, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
+        """As [`Flux2KleinPipeline.__call__`], with the checkpoint's number of steps and without guidance by default."""
+        kwargs.setdefault("text_encoder_out_layers", self.config.text_encoder_out_layers)
+        steps = num_inference_steps or self.config.num_inference_steps
+        return super().__call__(image, prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
+
+    @staticmethod
+    def chat_ending(tokenizer) -> str:
+        """What the stock chat template writes after the generation prompt where thinking is off."""
+        chat = [{"role": "user", "content": ""}]
+        thinking, not_thinking = (
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=enabled)
+            for enabled in (True, False)
+        )
+        return not_thinking.removeprefix(thinking)
+
+    @classmethod
+    def max_context_length(cls, transformer_config: dict) -> int:
+        """The length, in tokens, of every context."""
+        return cls.stock_length
+
+    @torch.no_grad()
+    def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
+        """Student context c_s: the stock text features (512, dim), padding kept, and the latents of reference images."""
+        embeds = self.encode_prompt(list(prompts), text_encoder_out_layers=self.config.text_encoder_out_layers)[0]
+        references = references or [[]] * len(prompts)
+        return [{"prompt_embeds": e, **self.encode_references(r)} for e, r in zip(embeds, references, strict=True)]
+
+    @torch.no_grad()
+    def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references: list[list] | None = None):
+        """Teacher context c_t of each prompt and PIL image.
+
+        `edit`: the student's context with the image as the last reference, the transformer's own way to see images.
+
+        `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: 512 tokens, so that
+        position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept behind them; the
+        chat ends as the text encoder's does with thinking off. A longer context would put tokens at positions never seen.
+        """
+        references = references or [[]] * len(prompts)
+        if teacher_context == "edit":
+            return self.encode_student(prompts, [[*r, image] for r, image in zip(references, images, strict=True)])
+        ending, layers, contexts = self.chat_ending(self.tokenizer), self.config.text_encoder_out_layers, []
+        for prompt, image, own in zip(prompts, images, references, strict=True):
+            hidden = self.multimodal_encoder.hidden_states(prompt, image, ending, pad_to=self.stock_length)
+            embeds = torch.cat([hidden[k] for k in layers], dim=-1)
+            contexts.append({"prompt_embeds": embeds, **self.encode_references(own)})
+        return contexts
+
+    def encode_references(self, images: list) -> dict[str, torch.Tensor]:
+        """Normalised latents (C, h, w) of each PIL image, resized as the stock pipeline does."""
+        latents, multiple = {}, self.vae_scale_factor * 2
+        for number, image in enumerate(images):
+            image = self.image_processor._resize_if_exceeds_area(self.image_processor.check_image_input(image))
+            size = {"height": image.height // multiple * multiple, "width": image.width // multiple * multiple}
+            pixels = self.image_processor.preprocess(image, **size, resize_mode="crop").to(self.vae.device, self.vae.dtype)
+            latents[f"reference_{number}"] = self._encode_vae_image(pixels, None)[0]
+        return latents
+
+    def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
+        channels, multiple = self.transformer.config.in_channels, self.vae_scale_factor * 2
+        packed, _ = self.prepare_latents(1, channels // 4, height, width, torch.float32, torch.device("cpu"), generator)
+        return packed.mT.reshape(1, channels, height // multiple, width // multiple)
+
+    def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
+        """Sets the scheduler to the inference grid of `num_steps` for the size of `latents`; timesteps (num_steps,), 1000 = noise."""
+        mu = compute_empirical_mu(latents.shape[-2] * latents.shape[-1], num_steps)
+        sigmas = None if self.scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, latents.device, sigmas=sigmas, mu=mu)
+        self.scheduler.set_begin_index(0)
+        return timesteps
+
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
+        """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`].
+
+        The position ids of a batch are those of its first image: all contexts must have references of the same sizes.
+        """
+        dtype, device = getattr(transformer, "module", transformer).dtype, latents.device
+        embeds = torch.stack([c["prompt_embeds"] for c in contexts]).to(device, dtype)
+        tokens, ids = self._pack_latents(latents), self._prepare_latent_ids(latents)
+        references = [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
+        if references[0]:
+            packed = [torch.cat([self._pack_latents(image[None]) for image in images], dim=1) for images in references]
+            tokens = torch.cat([tokens, torch.cat(packed).to(tokens)], dim=1)
+            reference_ids = self._prepare_image_ids([image[None] for image in references[0]])
+            ids = torch.cat([ids, reference_ids.expand(len(ids), -1, -1)], dim=1)
+        out = transformer(
+            hidden_states=tokens.to(dtype),
+            timestep=timestep.expand(len(latents)) / 1000,
+            guidance=None,
+            encoder_hidden_states=embeds,
+            txt_ids=self._prepare_text_ids(embeds).to(device),
+            img_ids=ids.to(device),
+            return_dict=False,
+        )[0]
+        return out[:, : latents[0, 0].numel()].mT.reshape(latents.shape).float()
+
+    def to_vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE decodes them: the statistics of its batch norm put back, patches taken apart."""
+        mean, variance = (getattr(self.vae.bn, name).view(1, -1, 1, 1).to(latents) for name in ("running_mean", "running_var"))
+        return self._unpatchify_latents(latents * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean)
 
 
 class _FromRepository:
@@ -306,8 +520,32 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
         self.register_to_config(base_model=base_model, base_dtype=base_dtype)
 
 
+class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
+    """FLUX.2-klein plus the LoRA of the repository that this class is loaded from. See `_FromRepository`."""
+
+    _optional_components = ["scheduler", "vae", "text_encoder", "tokenizer", "transformer"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler = None,
+        vae: AutoencoderKLFlux2 = None,
+        text_encoder: PreTrainedModel = None,
+        tokenizer: AutoTokenizer = None,
+        transformer: Flux2Transformer2DModel = None,
+        is_distilled: bool = True,
+        num_inference_steps: int = 4,
+        text_encoder_out_layers: list = DOPSDFlux2KleinPipeline.stock_layers,
+        base_model: str = None,
+        base_dtype: str = "bfloat16",
+    ):
+        base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
+        config = {name: base.config[name] for name in ("is_distilled", "text_encoder_out_layers")}
+        DOPSDFlux2KleinPipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps, **config)
+        self.register_to_config(base_model=base_model, base_dtype=base_dtype)
+
+
 # Base pipeline class, as a model_index.json names it -> family
-FAMILIES = {"ZImagePipeline": DOPSDZImagePipeline}
+FAMILIES = {"ZImagePipeline": DOPSDZImagePipeline, "Flux2KleinPipeline": DOPSDFlux2KleinPipeline}
 
 
 def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPSDMixin]:

@@ -17,6 +17,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.7",
+#     "torchao>=0.13",
 #     "diffusers>=0.42.0",
 #     "transformers>=5.5",
 #     "accelerate>=1.10",
@@ -46,6 +47,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -66,6 +68,7 @@ from accelerate.utils import (
 )
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
+from datasets import List as ListFeature
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     find_nearest_bucket,
@@ -74,14 +77,20 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
 from huggingface_hub import (
+    CommitOperationAdd,
     ModelCard,
     ModelCardData,
+    create_commit,
     create_repo,
+    get_session,
+    hf_hub_download,
+    model_info,
     save_torch_state_dict,
+    set_client_factory,
     snapshot_download,
-    upload_folder,
 )
-from PIL import Image, ImageOps, UnidentifiedImageError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -100,8 +109,13 @@ logger = get_logger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
+LOSSES_NAME = "losses.csv"
+REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
 # flags that a resumed run must share with the run before it
-FIXED_ON_RESUME = {"seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding"}
+FIXED_ON_RESUME = {
+    "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding",
+    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column",
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -115,9 +129,9 @@ def add_model_arguments(parser):
     add("--revision", help="Revision of the base on the Hub.")
     add("--variant", help="Variant of the base's weight files, for example fp16.")
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
-        "images for the teacher. Default: the family's, Qwen/Qwen3-VL-4B-Instruct for Z-Image-Turbo.")
-    add("--teacher_max_pixels", type=int, default=768 * 768, help="Area above which images are scaled down for the VLM; "
-        "fewer pixels give a shorter teacher context.")  # fmt: skip
+        "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
+    add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
+        "shorter teacher context. Default: the family's.")  # fmt: skip
 
 
 def add_data_arguments(parser):
@@ -128,6 +142,7 @@ def add_data_arguments(parser):
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
+    add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
         "area and the nearest aspect ratio.")
@@ -139,6 +154,11 @@ def add_dopsd_arguments(parser):
     add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
     add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
+    add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
+        "VLM. edit: as a reference image of the transformer (FLUX.2). Default: vlm.")
+    add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
+        "image itself, or the next one of the set, which guards against copying.")
     add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
@@ -178,8 +198,12 @@ def add_output_arguments(parser):
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
+    add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
-    add("--hub_token", help="Token to push with. Default: that of the Hub login.")  # fmt: skip
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
+    add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
+        "are tried six times.")  # fmt: skip
 
 
 def add_full_arguments(parser):
@@ -219,6 +243,13 @@ def check_arguments(parser, args):
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
     if args.checkpointing_steps < 1:
         parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
+    if args.hub_push_checkpoints and not args.push_to_hub:
+        parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.hub_timeout <= 0:
+        parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
+    args.hub_token = (args.hub_token or "").strip() or None
+    if args.hub_token:
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -274,7 +305,7 @@ def columns_to_rows(columns):
 
 
 def read_dataset(args):
-    """Dataset with the columns `image` (undecoded) and `captions` (a list of strings).
+    """Dataset with the columns `image` (undecoded), `captions` (a list of strings) and `references` (undecoded images).
 
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
@@ -283,6 +314,8 @@ def read_dataset(args):
     if folder and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
     if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
+        if args.reference_column:
+            raise ValueError(f"--reference_column needs metadata.jsonl or metadata.csv in {folder}, or --dataset_name.")
         return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
     if folder:
         dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
@@ -295,6 +328,8 @@ def read_dataset(args):
             f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
             "name the column, or give --instance_prompt."
         )
+    if args.reference_column and args.reference_column not in dataset.column_names:
+        raise ValueError(f"--reference_column {args.reference_column!r} is none of the columns {dataset.column_names}.")
 
     def captions_of(row, index):
         captions = row.get(args.caption_column) or args.instance_prompt
@@ -303,11 +338,16 @@ def read_dataset(args):
             raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
         return {"captions": captions}
 
-    dataset = dataset.cast_column(args.image_column, ImageFeature(decode=False))
-    texts = dataset.remove_columns(args.image_column)  # so that no image is copied into the cache
+    pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
+    for column in pictures:
+        several = isinstance(dataset.features[column], ListFeature)
+        feature = ImageFeature(decode=False)
+        dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+    # columns are worked on apart, so that no image is copied into the cache
+    texts = dataset.remove_columns(list(pictures))
     texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
-    images = dataset.select_columns([args.image_column])
-    images = images if args.image_column == "image" else images.rename_column(args.image_column, "image")
+    images = dataset.select_columns(list(pictures))
+    images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
     return concatenate_datasets([images, texts], axis=1)
 
 
@@ -334,17 +374,43 @@ def load_image(source):
 
 
 def inspect_images(dataset, buckets):
-    """Adds `bucket`, the (height, width) of each image in training, and `image_hash`. Every image is decoded once; a later
-    run on the same images reads the result from the cache of datasets."""
+    """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
+    image is decoded once; a later run on the same images reads the result from the cache of datasets."""
 
     def inspect(row):
         image = load_image(row["image"])
-        data = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-        return {"bucket": list(bucket), "image_hash": hashlib.sha256(data).hexdigest()}
+        references = references_of(row)
+        return {
+            "bucket": list(bucket),
+            "image_hash": hash_image(row["image"]),
+            "reference_sizes": [list(load_image(source).size) for source in references],
+            "reference_hashes": [hash_image(source) for source in references],
+        }
 
     added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
     return concatenate_datasets([dataset, added], axis=1)
+
+
+def hash_image(source):
+    """Hash of the undecoded content of {"path", "bytes"}."""
+    return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
+
+
+def references_of(row):
+    """The undecoded images that the student is given: none, one or several."""
+    references = row.get("references") or []
+    return references if isinstance(references, list) else [references]
+
+
+def shown_row(rows, index, args):
+    """The row whose image the teacher sees."""
+    return rows[(index + 1) % len(rows) if args.teacher_image == "other" else index]
+
+
+def layout_of(row):
+    """What the images of a batch must have in common: their bucket and the sizes of their references."""
+    return tuple(row["bucket"]), tuple(map(tuple, row["reference_sizes"]))
 
 
 def training_image(row):
@@ -354,26 +420,26 @@ def training_image(row):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(buckets, batch_size, seed, epoch):
-    """Batches of row indices for one epoch, each from one bucket; short batches are filled up from the bucket's start."""
+def epoch_order(layouts, batch_size, seed, epoch):
+    """Batches of row indices for one epoch, each of one layout; short batches are filled up from its start."""
     rng = np.random.default_rng([seed, epoch])
     batches = []
-    for bucket in sorted(set(buckets)):
-        rows = rng.permutation([i for i, b in enumerate(buckets) if b == bucket])
+    for layout in sorted(set(layouts)):
+        rows = rng.permutation([i for i, other in enumerate(layouts) if other == layout])
         rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
         batches += list(rows.reshape(-1, batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def draw_batch(buckets, batch_size, micro_step, process, num_processes, seed):
+def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
     """Row indices and a random generator for each image of a process's micro-batch.
 
     It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
     two processes draw what one process with twice the batch would.
     """
     total = batch_size * num_processes
-    per_epoch = len(epoch_order(buckets, total, seed, 0))
-    order = epoch_order(buckets, total, seed, micro_step // per_epoch)
+    per_epoch = len(epoch_order(layouts, total, seed, 0))
+    order = epoch_order(layouts, total, seed, micro_step // per_epoch)
     slots = range(process * batch_size, (process + 1) * batch_size)
     rows = order[micro_step % per_epoch][slots.start : slots.stop]
     return [(int(row), np.random.default_rng([seed, micro_step, slot])) for row, slot in zip(rows, slots)]
@@ -401,33 +467,35 @@ def fingerprint(model_name_or_path, patterns, revision):
 
 
 class ContextCache:
-    """Student and teacher contexts of (image, caption) pairs, one memory-mapped safetensors file each.
+    """Student and teacher contexts, one memory-mapped safetensors file for each row, row shown to the teacher and caption.
 
-    The key changes whenever image, crop, caption, models or settings change.
+    The key changes whenever images, crops, caption, models or settings change.
     """
 
     def __init__(self, args):
         self.folder = Path(args.context_cache_dir)
-        self.models = [
-            fingerprint(args.pretrained_model_name_or_path, ["text_encoder/*", "tokenizer/*"], args.revision),
-            fingerprint(args.vlm_model_name_or_path, ["*.json", "*.jinja", "*.txt", "*.safetensors"], None),
-            args.teacher_max_pixels,
-            str(weight_dtype_of(args)),
-        ]
+        encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if args.teacher_context == "edit" or args.reference_column else [])]
+        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
+        self.models += [args.teacher_context, args.teacher_prompt_suffix]
+        if args.teacher_context == "vlm":
+            patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+            self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
 
-    def path(self, row, caption):
-        key = json.dumps([self.models, row["image_hash"], row["bucket"], caption])
+    def path(self, row, shown, caption):
+        key = json.dumps([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def read(self, row, caption):
-        """(student context, teacher context), each (tokens, dim)."""
-        tensors = load_file(self.path(row, caption))
-        return tensors["student"], tensors["teacher"]
+    def read(self, row, shown, caption):
+        """(student context, teacher context)."""
+        tensors = load_file(self.path(row, shown, caption))
+        split = {who: {n.removeprefix(who + "."): t for n, t in tensors.items() if n.startswith(who)} for who in ("student", "teacher")}
+        return split["student"], split["teacher"]
 
-    def write(self, row, caption, student, teacher):
-        path = self.path(row, caption)
+    def write(self, row, shown, caption, student, teacher):
+        path = self.path(row, shown, caption)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"student": student.cpu().contiguous(), "teacher": teacher.cpu().contiguous()}, aside)
+        contexts = {"student": student, "teacher": teacher}
+        save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
         os.replace(aside, path)
 
 
@@ -438,26 +506,35 @@ def weight_dtype_of(args):
 
 def check_contexts(family, args, dataset, pairs):
     """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
-    base = args.pretrained_model_name_or_path
+    if args.teacher_context != "vlm":
+        return
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
+    if not args.vlm_model_name_or_path:
+        raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    encoder.check_config(transformers.AutoConfig.from_pretrained(base, subfolder="text_encoder", revision=args.revision))
-    config = family.transformer_class.load_config(base, subfolder="transformer", revision=args.revision)
-    longest, buckets = family.max_context_length(config), list(map(tuple, dataset["bucket"]))
-    without_caption = {bucket: encoder.context_length("", *bucket) for bucket in set(buckets)}
+    encoder.check_config(text_config)
+    ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
+    longest = family.max_context_length(family.transformer_class.load_config(**base, subfolder="transformer"))
+    buckets = list(map(tuple, dataset["bucket"]))
+    without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
+        bucket = shown_row(buckets, index, args)
         # a token is at least one byte: of most captions no token needs to be counted
-        length = without_caption[buckets[index]] + len(caption.encode())
-        if length > longest and (length := encoder.context_length(caption, *buckets[index])) > longest:
+        length = without_caption[bucket] + len(caption.encode())
+        if length > longest and (length := encoder.context_length(caption, *bucket, ending)) > longest:
             raise ValueError(
                 f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
-                f"transformer's position table holds {longest}. Lower --teacher_max_pixels or shorten the caption."
+                f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
             )
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees both encoders."""
-    keys = list(dataset.select_columns(["image_hash", "bucket"]))
-    missing = [(index, caption) for index, caption in pairs if not cache.path(keys[index], caption).exists()]
+    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
+    keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
+    paths = {pair: cache.path(keys[pair[0]], shown_row(keys, pair[0], args), pair[1]) for pair in pairs}
+    missing = [pair for pair, path in paths.items() if not path.exists()]
     logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
     accelerator.wait_for_everyone()
     if not missing:
@@ -466,18 +543,20 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
         transformer=None,
-        vae=None,
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
     ).to(accelerator.device)
-    pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+    if args.teacher_context == "vlm":
+        pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
-        row = dataset[index]
-        student = pipeline.encode_student([caption])[0]
-        teacher = pipeline.encode_teacher([caption], [training_image(row)])[0]
-        cache.write(row, caption, student, teacher)
+        row, shown = dataset[index], shown_row(dataset, index, args)
+        references = [[load_image(source) for source in references_of(row)]]
+        student = pipeline.encode_student([caption], references)[0]
+        prompt = caption + args.teacher_prompt_suffix
+        teacher = pipeline.encode_teacher([prompt], [training_image(shown)], args.teacher_context, references)[0]
+        cache.write(row, shown, caption, student, teacher)
     del pipeline
     free_memory()
     accelerator.wait_for_everyone()
@@ -510,9 +589,7 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
     States are not differentiated through, and the forward that drives the rollout is the one that is trained.
     """
     latents, student_contexts, teacher_contexts = batch
-    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
-    timesteps = pipeline.few_step_grid(args.rollout_steps, height, width, latents.device)
-    for k, timestep in enumerate(timesteps):
+    for k, timestep in enumerate(pipeline.few_step_grid(args.rollout_steps, latents)):
         # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
         with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
             teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
@@ -592,17 +669,17 @@ class FullTeacher:
         return contextlib.nullcontext(self.module)
 
 
-def make_batch(pipeline, rows, cache, draws, device):
+def make_batch(pipeline, rows, cache, draws, args, device):
     """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
-    noise, student_contexts, teacher_contexts = [], [], []
+    noise, contexts = [], []
     for index, rng in draws:
         row = rows[index]
-        student, teacher = cache.read(row, row["captions"][rng.integers(len(row["captions"]))])
+        caption = row["captions"][rng.integers(len(row["captions"]))]
+        pair = cache.read(row, shown_row(rows, index, args), caption)
+        contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*row["bucket"], generator))
-        student_contexts.append(student.to(device))
-        teacher_contexts.append(teacher.to(device))
-    return torch.cat(noise).to(device), student_contexts, teacher_contexts
+    return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -619,20 +696,20 @@ def validation_pairs(dataset, args):
 
 @torch.no_grad()
 def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
-    """Writes a picture with a row per pair: student | teacher | training image. Runs the sampler that users will run."""
+    """Writes a picture with a row per pair: student | teacher | the image that the teacher sees, in as many steps as users will
+    run."""
     student, pictures = pipeline.transformer, []
     for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
-        row = dataset[index]
-        height, width = row["bucket"]
-        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, prompt)):
-            noise = pipeline.initial_noise(height, width, torch.Generator().manual_seed(args.seed + number))
-            inputs = {"prompt_embeds": [context.to(accelerator.device)], "latents": noise, "height": height, "width": width}
-            with network as pipeline.transformer, accelerator.autocast():
-                pictures.append(pipeline(**inputs, num_inference_steps=args.num_inference_steps).images[0])
-        pictures.append(training_image(row))
-    pipeline.transformer = student
+        row, shown = dataset[index], shown_row(dataset, index, args)
+        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number))
+        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, shown, prompt)):
+            with network as transformer, accelerator.autocast():
+                latents = noise.to(accelerator.device)
+                pictures += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
+        pictures.append(training_image(shown))
     if not accelerator.is_main_process:
         return
+    save_samples(pictures[::3] if step else [], args)
     pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
     grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
     folder = Path(args.output_dir) / "validation"
@@ -741,6 +818,15 @@ def settings_of(args):
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
+def public_settings(args):
+    """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
+
+    def shown(value):
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+
+    return {name: shown(value) for name, value in settings_of(args).items()}
+
+
 def register_full_hooks(accelerator, transformer, teacher, networks):
     """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are
     written that make the folders loadable."""
@@ -776,7 +862,7 @@ def save_pipeline(transformer, family, args):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__}  # noqa: F401\n")
-    (folder / SETTINGS_NAME).write_text(json.dumps(settings_of(args), indent=2) + "\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
 
 
 def component_folders(index):
@@ -784,51 +870,216 @@ def component_folders(index):
     return [name for name, value in index.items() if isinstance(value, list) and value[0]]
 
 
-def save_full_card(args):
-    """README.md of the repository, written without asking the Hub anything."""
-    base = args.pretrained_model_name_or_path
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    data = ModelCardData(base_model=base, library_name="diffusers", tags=["text-to-image", "diffusers", "d-opsd"])
+# ------------------------------------------------------------------------------------------------------- card and push
+def save_samples(pictures, args):
+    """Replaces the pictures of the model card's gallery."""
+    folder = Path(args.output_dir) / "samples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+
+
+def gallery(dataset, args):
+    """File name -> prompt of the pictures that `save_samples` writes."""
+    pairs = validation_pairs(dataset, args) if args.validation_steps else []
+    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
+
+
+def card_data(args, samples, tags):
+    """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
+    base, licence = args.pretrained_model_name_or_path, {}
+    local, prompt = Path(base).is_dir(), args.instance_prompt
+    with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
+        card = Path(base) / "README.md"
+        if not local:
+            offline = not args.push_to_hub
+            card = hf_hub_download(base, card.name, revision=args.revision, token=args.hub_token, local_files_only=offline)
+        data = ModelCard.load(card).data
+        licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+    widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
+    return ModelCardData(
+        base_model=None if local else base,  # the Hub refuses what is no repository
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "d-opsd", *tags],
+        instance_prompt=prompt,
+        widget=widget or None,
+        **licence,
+    )
+
+
+def training_command(args):
+    """The command that trained this, without the token and without flags that have their default."""
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
+    words = ["accelerate", "launch", Path(__file__).name]
+    for name, value in public_settings(args).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value != defaults[name]:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def draw_loss_curve(args, step):
+    """Writes loss.png, the loss over the steps up to `step`; each point is the mean of a hundredth of them."""
+    file = Path(args.output_dir) / LOSSES_NAME
+    file.touch()
+    rows = [line.split(",") for line in file.read_text().splitlines() if line.count(",") == 1]
+    # of a step that was done twice, before and after a resume, the later line counts
+    losses = [loss for done, loss in sorted({int(done): float(loss) for done, loss in rows}.items()) if done <= step]
+    if not losses:
+        return
+    means = [part.mean() for part in np.array_split(losses, min(100, len(losses)))]
+    width, height, margin, top = 640, 320, 40, max(means) or 1.0
+    across, up = (width - 2 * margin) / max(1, len(means) - 1), (height - 2 * margin) / top
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([margin, margin, width - margin, height - margin], outline="grey")
+    draw.line([(margin + i * across, height - margin - mean * up) for i, mean in enumerate(means)], fill="blue", width=2)
+    draw.text((margin, margin - 15), f"loss, 0 to {top:.3g}", fill="black")
+    draw.text((margin, height - margin + 5), f"{len(losses)} steps", fill="black")
+    image.save(file.with_name("loss.png"))
+
+
+def repository_name(args):
+    """What --hub_model_id names, or the name of OUTPUT_DIR."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def save_card(args, samples, step, name, about, loading, tags):
+    """Writes README.md.
+
+    Args:
+        samples: file name -> prompt of the gallery.
+        about: what this is, the beginning of a sentence.
+        loading: lines of code that make `pipe`.
+    """
+    draw_loss_curve(args, step)
+    data = card_data(args, samples, tags)
+    prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
+    images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
+    way = "as a reference image"
+    if args.teacher_context == "vlm":
+        way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
     content = f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-[{base}](https://huggingface.co/{base}), fine-tuned as a whole with D-OPSD (https://arxiv.org/abs/2605.05204) on its own
-{args.rollout_steps}-step rollouts. It is used as the base is: {args.num_inference_steps} steps, no guidance.
+{about}, trained with [D-OPSD](https://arxiv.org/abs/2605.05204) on the base's own few-step rollouts. It is used as the base is:
+{args.num_inference_steps} steps, no guidance.
+
+{"<Gallery />" if data.widget else ""}
 
 ```py
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
-image = pipe("your prompt", num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
+{loading}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+             guidance_scale=0.0).images[0]
 ```
 
-{args.max_train_steps} steps, learning rate {args.learning_rate}, teacher EMA {args.ema_decay}.
+## Training
+
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
+the student with decay {args.ema_decay}, saw {shown} {way}.
+
+```bash
+{training_command(args)}
+```
+
+![Loss over steps](loss.png)
+
+## Limits
+
+It draws what its teacher could draw when it saw the training images, at the steps above, from text alone and without guidance.
+How well it still draws what the base can draw was not measured by the training script.
 """
-    (Path(args.output_dir) / "README.md").write_text(content)
-    ModelCard(content)  # raises if the metadata is not valid YAML
+    ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
-def push_pipeline_to_hub(args):
-    """Pushes the pipeline's folder, without checkpoints, logs and contexts, in one commit."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo = create_repo(name, token=args.hub_token, exist_ok=True)
-    folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
-    files = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-    upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=[*files, *(f"{name}/*" for name in folders)],
-        commit_message="Model fine-tuned with D-OPSD",
-        token=args.hub_token,
-    )
-    logger.info(f"Pushed to {repo}")
+def push(args, step, save_card, files, message):
+    """Pushes the `files` (patterns) of OUTPUT_DIR in one commit. During training, a failure is a warning.
+
+    Raises:
+        InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
+    """
+    name, folder, client = repository_name(args), Path(args.output_dir), get_session()
+    asked = []
+
+    def stop(request):
+        if request.url.path.endswith("/repos/create"):
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] > args.hub_timeout:
+                raise TimeoutError("the Hub is busy with another change")
+
+    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
+    hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]  # without that of the push before
+    limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
+    set_client_factory(lambda: type(client)(**limits))
+    try:
+        repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
+            raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
+        save_card(repo)  # now that the user's name in front is known
+        # upload_folder may make several commits
+        paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        create_commit(repo, additions, commit_message=message, token=args.hub_token)
+        logger.info(f"Pushed to {repo}.")
+    except Exception as error:  # of the network, the Hub, the token or the name
+        private = ["--private"] if args.hub_private_repo else []
+        later = shlex.join(["hf", "upload", name, args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {later}"
+        if step == args.max_train_steps:
+            raise InputError(failure) from error
+        logger.warning(failure)
+
+
+def publish_pipeline(transformer, family, samples, args, accelerator, step):
+    """Saves the pipeline's folder, and pushes it if that is asked for."""
+    save_pipeline(transformer, family, args)
+    if not accelerator.is_main_process:
+        return
+    card = functools.partial(save_full_card, args, samples, step)
+    card(repository_name(args))
+    if args.push_to_hub:
+        folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
+        files = [*REPOSITORY_FILES, *samples, *(f"{name}/*" for name in folders)]
+        push(args, step, card, files, f"Model fine-tuned with D-OPSD, step {step}")
+
+
+def save_full_card(args, samples, step, name):
+    """README.md of the pipeline that users load as `name`."""
+    about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
+    loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
+    save_card(args, samples, step, name, about, loading, [])
 
 
 # --------------------------------------------------------------------------------------------------------------- main
+def resolve_arguments(family, args):
+    """Fills in what the family has defaults for.
+
+    Raises:
+        ValueError: the family has no such teacher, or takes no reference images.
+    """
+    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
+    args.teacher_context = args.teacher_context or family.teacher_contexts[0]
+    if args.teacher_context not in family.teacher_contexts:
+        raise ValueError(f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}.")
+    if args.reference_column and "edit" not in family.teacher_contexts:
+        raise ValueError("--reference_column: this model takes no reference images.")
+    if args.teacher_prompt_suffix is None:
+        args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+
+
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
 
@@ -844,16 +1095,21 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    checkpoint = find_checkpoint(args)
+    if args.push_to_hub:
+        validate_repo_id(repository_name(args))
+        if Path(args.pretrained_model_name_or_path).is_dir():
+            logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.default_vlm
-    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    resolve_arguments(family, args)
+    checkpoint = find_checkpoint(args)
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets)
+    if args.teacher_image == "other" and len(dataset) < 2:
+        raise ValueError("--teacher_image other needs at least two training images.")
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
@@ -998,7 +1254,8 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator):
+def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+          accelerator):  # fmt: skip
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
@@ -1006,7 +1263,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
     if validating and first_step == 0:
         validate(0)
-    rows, buckets = dataset.remove_columns("image"), tuple(map(tuple, dataset["bucket"]))
+    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_sizes", "reference_hashes"])
+    layouts = tuple(map(layout_of, rows))
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
@@ -1014,9 +1272,9 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
         losses = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(buckets, args.train_batch_size, micro_step, accelerator.process_index,
+            draws = draw_batch(layouts, args.train_batch_size, micro_step, accelerator.process_index,
                                accelerator.num_processes, args.seed)  # fmt: skip
-            batch = make_batch(pipeline, rows, cache, draws, accelerator.device)
+            batch = make_batch(pipeline, rows, cache, draws, args, accelerator.device)
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)
@@ -1036,10 +1294,15 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
         logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
         bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
         accelerator.log(logs, step=done)
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
+                print(done, logs["loss"], sep=",", file=file)
         if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
             validate(done)
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             save_checkpoint(accelerator, args, done)
+            if args.hub_push_checkpoints and done < args.max_train_steps:
+                publish(done)
 
 
 def check_full_inputs(args, accelerator):
@@ -1090,13 +1353,10 @@ def main(args):
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     backward = backward_all_states if args.fused_backward_pass else backward_each_state
-    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, args, accelerator)
-
-    save_pipeline(pipeline.transformer, family, args)
-    if accelerator.is_main_process:
-        save_full_card(args)
-        if args.push_to_hub:
-            push_pipeline_to_hub(args)
+    publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
+    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+          accelerator)  # fmt: skip
+    publish(args.max_train_steps)
     accelerator.end_training()
 
 

@@ -85,21 +85,21 @@ def make_tokenizer(folder):
     return tokenizer
 
 
-def text_config(tokenizer, hidden_size=HIDDEN):
+def text_config(tokenizer, hidden_size=HIDDEN, layers=3):
     return {
-        "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": 3,
+        "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     }  # fmt: skip
 
 
-def save_base(folder, tokenizer, axes_lens=(512, 64, 64)):
+def save_base(folder, tokenizer, axes_lens=(512, 64, 64), dim=64):
     """A Z-Image: text encoder with rope_theta 1e4, VAE f4, images in multiples of 8 pixels."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4}
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
-        axes_dims=[8, 12, 12], axes_lens=list(axes_lens),
+        in_channels=4, dim=dim, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
+        axes_dims=[dim // 2 - 24, 12, 12], axes_lens=list(axes_lens),
     )  # fmt: skip
     for name, parameter in transformer.named_parameters():
         if name.endswith("pad_token"):
@@ -118,7 +118,7 @@ def save_base(folder, tokenizer, axes_lens=(512, 64, 64)):
     ).save_pretrained(folder)
 
 
-def save_vlm(folder, tokenizer, hidden_size=HIDDEN):
+def save_vlm(folder, tokenizer, hidden_size=HIDDEN, layers=3):
     """A Qwen3-VL with language weights and a rope_theta of its own, 8-pixel patches merged two by two."""
     torch.manual_seed(1)
     token = tokenizer.convert_tokens_to_ids
@@ -129,7 +129,7 @@ def save_vlm(folder, tokenizer, hidden_size=HIDDEN):
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     config = Qwen3VLConfig(
-        text_config={**text_config(tokenizer, hidden_size), "rope_parameters": rope}, vision_config=vision,
+        text_config={**text_config(tokenizer, hidden_size, layers), "rope_parameters": rope}, vision_config=vision,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )  # fmt: skip
@@ -243,6 +243,38 @@ def train_any(request, train, train_full):
     return train if request.param == "lora" else train_full
 
 
+SITECUSTOMIZE = """
+import os, socket
+def refuse(name, call):
+    def guarded(self, address, *args):
+        if self.family == socket.AF_UNIX or address[0] == os.environ["NETWORK_ALLOWED"]:
+            return call(self, address, *args)
+        note(f"{name} {address}")
+    return guarded
+def note(text):
+    with open(os.environ["NETWORK_LOG"], "a") as log:
+        log.write(text + "\\n")
+    raise OSError("no network in this test: " + text)
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse(name, getattr(socket.socket, name)))
+find = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    return find(host, *args, **kwargs) if host == os.environ["NETWORK_ALLOWED"] else note(f"getaddrinfo {host}")
+socket.getaddrinfo = getaddrinfo
+open(os.environ["NETWORK_LOG"], "a").close()
+"""
+
+
+def guarded_environment(folder, hub=None):
+    """Environment of a new process that can reach nothing but the address of the stand-in `hub`; others land in network.log."""
+    (folder / "guard").mkdir(parents=True, exist_ok=True)
+    (folder / "guard" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    env = {n: v for n, v in os.environ.items() if n not in ("HF_HUB_OFFLINE", "HF_TOKEN")} | {"OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(folder / "guard"), "NETWORK_LOG": str(folder / "network.log"), "HF_HOME": str(folder / "home")}
+    env |= {"NETWORK_ALLOWED": "127.0.0.1" if hub else "none", "HF_HUB_DISABLE_XET": "1"}
+    return env | ({"HF_ENDPOINT": hub} if hub else {})
+
+
 @pytest.fixture
 def subprocess_env():
     """Environment of a new process: one thread, the folder of the scripts not on its path."""
@@ -281,7 +313,8 @@ def student(pipeline, flags, tmp_path):
         """Contexts on both sides of the transformer's padding to 32 tokens; teacher and student contexts differ."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(size, 4, height // 4, width // 4, generator=generator)
-        contexts = [[torch.randn(n + i * 17, HIDDEN, generator=generator) for i in range(size)] for n in (20, 30)]
+        draw = lambda tokens: {"prompt_embeds": torch.randn(tokens, HIDDEN, generator=generator)}  # noqa: E731
+        contexts = [[draw(n + i * 17) for i in range(size)] for n in (20, 30)]
         return noise, *contexts
 
     def backward(batch, rollout_steps=4, synchronize=True, **changes):

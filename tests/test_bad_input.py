@@ -113,14 +113,14 @@ def test_resolution_not_divisible(refused):
 def test_context_longer_than_the_position_table(refused, folder):
     """An index error in the transformer, after hours of encoding; the caption that is too long is named."""
     (folder / "c.txt").write_text("a long caption " * 120)
-    refused(folder / "c.png", "position table holds 480", "a long caption", instance_data_dir=folder)
+    refused(folder / "c.png", "at most 480", "a long caption", instance_data_dir=folder)
 
 
 def test_image_too_large_for_the_position_table(refused, tokenizer, tmp_path):
     """With a short table, the image alone is too long; a lower --teacher_max_pixels cures it, as the error says."""
     save_base(tmp_path / "short", tokenizer, axes_lens=(130, 64, 64))
     changes = {"pretrained_model_name_or_path": tmp_path / "short", "resolution": 128}
-    refused("position table holds 128", "--teacher_max_pixels", **changes)
+    refused("at most 128", "--teacher_max_pixels", **changes)
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         refused(**changes, teacher_max_pixels=32 * 32)
 

@@ -19,16 +19,17 @@ def test_student_contexts_are_the_stock_pipelines(pipeline):
     stock = ZImagePipeline(**pipeline.components)
     expected, _ = stock.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     contexts = pipeline.encode_student(PROMPTS)
-    assert len(contexts[0]) != len(contexts[1])
+    assert len(contexts[0]["prompt_embeds"]) != len(contexts[1]["prompt_embeds"])
     for ours, theirs in zip(contexts, expected, strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours["prompt_embeds"], theirs)
 
 
 def test_contexts_carry_no_graph(vlm, pipeline):
     """The activations of a 4 B text encoder, kept for a backward that never comes, do not fit beside it."""
     pipeline.load_multimodal_encoder(str(vlm))
-    assert not pipeline.encode_student(PROMPTS[:1])[0].requires_grad
-    assert not pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red")])[0].requires_grad
+    assert not pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"].requires_grad
+    (teacher,) = pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red")])
+    assert not teacher["prompt_embeds"].requires_grad
 
 
 def test_prompts_of_the_caller_are_left_alone(pipeline):
@@ -105,12 +106,13 @@ def test_teacher_context_sees_the_image(vlm, pipeline):
     """A teacher whose context does not depend on the image has nothing to teach."""
     pipeline.load_multimodal_encoder(str(vlm))
     red, blue = draw("rectangle", "red", (32, 32)), draw("rectangle", "blue", (32, 32))
-    seen_red, seen_blue = pipeline.encode_teacher([PROMPTS[0]] * 2, [red, blue])
-    (student,) = pipeline.encode_student(PROMPTS[:1])
+    seen_red, seen_blue, other = (
+        c["prompt_embeds"] for c in pipeline.encode_teacher([PROMPTS[0]] * 2 + ["a blue disc"], [red, blue, red])
+    )
+    student = pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"]
     # 32 x 32 pixels are 4 x 4 patches, 2 x 2 tokens, between <|vision_start|> and <|vision_end|>
     assert seen_red.shape == (len(student) + 4 + 2, 64)
     assert (seen_red - seen_blue).abs().max() > 1e-3
-    (other,) = pipeline.encode_teacher(["a blue disc"], [red])
     assert other.shape != seen_red.shape or not torch.equal(other, seen_red)
 
 
@@ -121,7 +123,7 @@ def test_teacher_context_is_the_last_but_one_layer(vlm, pipeline):
     states = pipeline.multimodal_encoder.hidden_states(PROMPTS[0], image)
     assert len(states) == 4
     (context,) = pipeline.encode_teacher(PROMPTS[:1], [image])
-    assert torch.equal(context, states[2])
+    assert torch.equal(context["prompt_embeds"], states[2])
 
 
 @pytest.mark.parametrize("max_pixels", [32 * 32, 768 * 768])
@@ -148,16 +150,16 @@ def test_max_context_length_is_what_the_transformer_takes(pipeline):
     assert DOPSDZImagePipeline.max_context_length({"axes_lens": [1536, 512, 512]}) == 1504
     noise, time = torch.randn(1, 4, 8, 8), torch.tensor(500.0)
     with torch.no_grad():
-        pipeline.velocity(pipeline.transformer, noise, time, [torch.randn(longest, 64)])
+        pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest, 64)}])
         with pytest.raises(IndexError):
-            pipeline.velocity(pipeline.transformer, noise, time, [torch.randn(longest + 1, 64)])
+            pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest + 1, 64)}])
 
 
 def test_text_encoder_is_not_changed_by_the_transplant(vlm, pipeline):
     """The student's contexts must stay those of the base model."""
     before = copy.deepcopy(pipeline.text_encoder.state_dict())
-    expected = pipeline.encode_student(PROMPTS[:1])[0]
+    expected = pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"]
     pipeline.load_multimodal_encoder(str(vlm))
     pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red", (32, 32))])
     assert all(torch.equal(v, before[k]) for k, v in pipeline.text_encoder.state_dict().items())
-    assert torch.equal(pipeline.encode_student(PROMPTS[:1])[0], expected)
+    assert torch.equal(pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"], expected)

@@ -157,9 +157,9 @@ def encoded(monkeypatch):
     """(caption, size of the image) of every pair that the teacher encodes."""
     calls, encode = [], DOPSDZImagePipeline.encode_teacher
 
-    def recorded(self, prompts, images):
+    def recorded(self, prompts, images, *rest):
         calls.extend((prompt, image.size) for prompt, image in zip(prompts, images))
-        return encode(self, prompts, images)
+        return encode(self, prompts, images, *rest)
 
     monkeypatch.setattr(DOPSDZImagePipeline, "encode_teacher", recorded)
     return calls
@@ -219,10 +219,12 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
     models = {"pretrained_model_name_or_path": tmp_path / "base", "vlm_model_name_or_path": tmp_path / "vlm"}
     shutil.copytree(base, tmp_path / "base")
     shutil.copytree(vlm, tmp_path / "vlm")
-    row = {"image_hash": "0", "bucket": [32, 32]}
+    row = {"image_hash": "0", "bucket": [32, 32], "reference_hashes": []}
 
     def path():
-        return script.ContextCache(script.parse_args(flags(tmp_path / "out", **models))).path(row, "x")
+        args = script.parse_args(flags(tmp_path / "out", **models))
+        script.resolve_arguments(DOPSDZImagePipeline, args)
+        return script.ContextCache(args).path(row, row, "x")
 
     before = path()
     assert path() == before
@@ -283,11 +285,11 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     """Encoding a large dataset takes hours; what is encoded must not be lost."""
     encode, done = DOPSDZImagePipeline.encode_teacher, []
 
-    def interrupted(self, prompts, images):
+    def interrupted(self, prompts, images, *others):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(prompts)
-        return encode(self, prompts, images)
+        return encode(self, prompts, images, *others)
 
     cache = tmp_path / "contexts"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -296,7 +298,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     assert len(list(cache.iterdir())) == 3
     rest = []
     with monkeypatch.context() as patch:
-        patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, i: rest.append(p) or encode(self, p, i))
+        patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
         train(tmp_path / "out", context_cache_dir=cache)
     assert len(rest) == sum(map(len, CAPTIONS.values())) - 3 and not any(p in done for p in rest)
 
@@ -339,9 +341,9 @@ def test_several_captions_are_drawn_at_random(train, tmp_path, monkeypatch):
     """With the first caption alone, a LoRA learns its wording instead of the concept."""
     drawn, read = [], script.ContextCache.read
 
-    def recorded(self, row, caption):
+    def recorded(self, row, shown, caption):
         drawn.append(caption)
-        return read(self, row, caption)
+        return read(self, row, shown, caption)
 
     monkeypatch.setattr(script.ContextCache, "read", recorded)
     folder = tmp_path / "images"

@@ -36,7 +36,7 @@ def test_rollout_is_the_stock_pipelines_trajectory(student, flags, tmp_path, ste
         return out
 
     student.pipeline.scheduler.step = recorded
-    contexts = [c.detach() for c in student.pipeline.encode_student([prompt])]
+    contexts = student.pipeline.encode_student([prompt])
     student.backward((noise, contexts, teacher_contexts), rollout_steps=steps)
     before, after = states[0::2], states[1::2]
     assert len(before) == len(expected) == steps
@@ -51,8 +51,7 @@ def test_rollout_is_the_stock_pipelines_trajectory(student, flags, tmp_path, ste
 def reference(student, batch, steps, weighting):
     """Losses and gradient of one backward through all K graphs; the teacher is a second set of weights, copied in."""
     pipeline, (latents, student_contexts, teacher_contexts) = student.pipeline, batch
-    height, width = (side * 4 for side in latents.shape[-2:])
-    timesteps = pipeline.few_step_grid(steps, height, width, "cpu")
+    timesteps = pipeline.few_step_grid(steps, latents)
     own = [p.detach().clone() for p in student.parameters]
     losses = []
     for k, t in enumerate(timesteps):
@@ -130,7 +129,7 @@ def test_teacher_uses_ema_weights_and_the_teachers_context(student):
     student.teacher.shadow[0].add_(0.5)
     moved, _ = student.backward((noise, contexts, teacher_contexts))
     assert (moved - losses).abs().min() > 1e-6
-    other, _ = student.backward((noise, contexts, [c + 1 for c in teacher_contexts]))
+    other, _ = student.backward((noise, contexts, [{"prompt_embeds": c["prompt_embeds"] + 1} for c in teacher_contexts]))
     assert (other - moved).abs().min() > 1e-6
     # student = teacher in weights and context: nothing to learn
     for shadow, parameter in zip(student.teacher.shadow, student.parameters):
@@ -170,7 +169,8 @@ def test_accumulated_gradient_is_the_mean_of_micro_steps(student):
 def test_batch_of_two_equals_two_of_one(student):
     """Prompts of different lengths in a batch must not see each other's padding."""
     noise, contexts, teacher_contexts = batch = student.batch(2)
-    assert len(contexts[0]) <= 32 < len(contexts[1])  # padded to 32 and to 64 tokens
+    first, second = (len(c["prompt_embeds"]) for c in contexts)
+    assert first <= 32 < second  # padded to 32 and to 64 tokens
     losses, gradient = student.backward(batch)
     singles = [student.backward((noise[i : i + 1], contexts[i : i + 1], teacher_contexts[i : i + 1])) for i in (0, 1)]
     torch.testing.assert_close(losses, (singles[0][0] + singles[1][0]) / 2, rtol=1e-4, atol=0)

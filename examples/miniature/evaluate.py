@@ -45,10 +45,10 @@ def sample(pipeline, contexts, seed, steps=STEPS, negative=None, guidance=0.0):
         chunk = contexts[start : start + 64]
         generators = [torch.Generator().manual_seed(10_000 * seed + start + i) for i in range(len(chunk))]
         noise = torch.cat([pipeline.initial_noise(size, size, g) for g in generators])
-        extra = {"negative_prompt_embeds": negative * len(chunk)} if guidance else {}
+        extra = {"negative_prompt_embeds": [negative[0]["prompt_embeds"]] * len(chunk)} if guidance else {}
         images.append(
             pipeline(
-                prompt_embeds=list(chunk), latents=noise, height=size, width=size, num_inference_steps=steps,
+                prompt_embeds=[c["prompt_embeds"] for c in chunk], latents=noise, height=size, width=size, num_inference_steps=steps,
                 guidance_scale=guidance, output_type="np", **extra,
             ).images
         )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Converts a LoRA to the form that diffusers and ComfyUI load at equal strength, which is what train_dopsd_lora.py writes.
+
+    python examples/convert_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo --lora old.safetensors --output_dir my_lora
+
+Understood are PEFT's raw keys (`base_model.model.LAYER.lora_A.weight`, also with an adapter's name in them), whose alpha stands in
+adapter_config.json beside the file or is given with --lora_alpha, and kohya's keys (`lora_unet_LAYER.lora_down.weight`, `.alpha`).
+Anything else is refused: a key that is dropped in silence is a layer that is lost.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline_dopsd import LORA_WEIGHT_NAME, family_of  # noqa: E402
+
+
+PEFT = re.compile(r"(?:base_model\.model\.|transformer\.|diffusion_model\.)*(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.[\w-]+)?\.weight")
+KOHYA = re.compile(r"lora_(?:unet|transformer)_(?P<layer>\w+)\.(?P<part>lora_down|lora_up|alpha)(?:\.weight)?")
+PARTS = {"lora_A": "A", "lora_B": "B", "lora_down": "A", "lora_up": "B", "alpha": "alpha"}
+
+
+def linear_shapes(family, base):
+    """Layer -> (out features, in features) of the base's transformer, which is built without weights."""
+    with init_empty_weights():
+        transformer = family.transformer_class.from_config(family.transformer_class.load_config(base, subfolder="transformer"))
+    return {n: tuple(m.weight.shape) for n, m in transformer.named_modules() if hasattr(m, "in_features")}
+
+
+def read_layers(tensors, names, kohya):
+    """Layer -> {"A": ..., "B": ..., "alpha": ...} of the tensors of a file; `names` are the layers of the base.
+
+    Raises:
+        ValueError: a key that is not understood, or that stands for what another key has given.
+    """
+    known = {name.replace(".", "_") if kohya else name: name for name in names}
+    layers = {}
+    for key, tensor in tensors.items():
+        found = (KOHYA if kohya else PEFT).fullmatch(key)
+        if not found or found["layer"] not in known:
+            raise ValueError(f"{key} is not understood: no LoRA weight of a layer of this base with PEFT's or kohya's keys.")
+        parts, part = layers.setdefault(known[found["layer"]], {}), PARTS[found["part"]]
+        if part in parts:
+            raise ValueError(f"{key} is a second weight for {known[found['layer']]}: the file holds several adapters.")
+        parts[part] = tensor
+    return layers
+
+
+def scale_of(parts, kohya, config, alpha):
+    """What A times B is multiplied with.
+
+    Raises:
+        ValueError: alpha is not known.
+    """
+    rank = len(parts["A"])
+    if kohya:
+        return parts["alpha"].item() / rank if "alpha" in parts else 1.0
+    alpha = alpha or config.get("lora_alpha")
+    if alpha is None:
+        raise ValueError("the file holds no alpha: put adapter_config.json beside it or give --lora_alpha.")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def convert(file, shapes, alpha=None):
+    """State dict with the scale folded into lora_B.
+
+    Raises:
+        ValueError: the file is not understood or does not fit the base, whose layers have these `shapes`.
+    """
+    tensors, config_file = load_file(file), file.parent / "adapter_config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    for name in ("alpha_pattern", "use_dora"):
+        if config.get(name):
+            raise ValueError(f"{name} of adapter_config.json is not understood.")
+    kohya, result = any(key.startswith("lora_") for key in tensors), {}
+    for name, parts in read_layers(tensors, shapes, kohya).items():
+        if not parts.keys() >= {"A", "B"}:
+            raise ValueError(f"{name} has only {' and '.join(parts)} of A and B.")
+        a, b = parts["A"], parts["B"]
+        if a.shape != (len(a), shapes[name][1]) or b.shape != (shapes[name][0], len(a)):
+            raise ValueError(f"{name} is {tuple(b.shape)} x {tuple(a.shape)}, the base's layer is {shapes[name]}.")
+        scaled = b.float() * scale_of(parts, kohya, config, alpha)
+        dtype = b.dtype if torch.equal(scaled.to(b.dtype).float(), scaled) else torch.float32  # where half precision would round
+        result |= {f"{name}.lora_A.weight": a.to(dtype).contiguous(), f"{name}.lora_B.weight": scaled.to(dtype).contiguous()}
+    if not result:
+        raise ValueError("the file holds no weights.")
+    return result
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base that the LoRA was trained on")
+    parser.add_argument("--lora", type=Path, required=True, help="the file to convert")
+    parser.add_argument("--lora_alpha", type=float, help="alpha of a file with PEFT's keys, if adapter_config.json is missing")
+    parser.add_argument("--output_dir", type=Path, required=True, help=f"folder that {LORA_WEIGHT_NAME} is written to")
+    args = parser.parse_args(input_args)
+    written = args.output_dir / LORA_WEIGHT_NAME
+    try:
+        if written.exists():
+            raise ValueError(f"{written} exists; give another --output_dir.")
+        family = family_of(args.pretrained_model_name_or_path)
+        weights = convert(args.lora, linear_shapes(family, args.pretrained_model_name_or_path), args.lora_alpha)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {args.lora}: {error}")
+    family.save_lora_weights(args.output_dir, transformer_lora_layers=weights, weight_name=LORA_WEIGHT_NAME)
+    print(f"{len(weights) // 2} layers: {written}")
+
+
+if __name__ == "__main__":
+    main()

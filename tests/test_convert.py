@@ -1,0 +1,130 @@
+"""examples/convert_lora.py: files of other trainers at equal strength, or a clear refusal."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from safetensors.torch import load_file, save_file
+
+from conftest import LORA, ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import convert_lora  # noqa: E402
+
+
+RANK, ALPHA = 4, 6.0
+NAMES = ["layers.0.attention.to_q", "layers.1.feed_forward.w2", "noise_refiner.0.attention.to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def layers(base):
+    """Layer -> (A, B) with the shapes of the tiny transformer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = convert_lora.linear_shapes(convert_lora.family_of(base), base)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {n: (random(RANK, shapes[n][1]), random(shapes[n][0], RANK)) for n in NAMES}
+
+
+@pytest.fixture
+def convert(base, tmp_path):
+    """Runs the command on tensors in a file; returns the folder that it writes to."""
+
+    def run(tensors, *flags, config=None):
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "old.safetensors")
+        if config:
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        command = ["--pretrained_model_name_or_path", base, "--lora", tmp_path / "old.safetensors", "--output_dir", tmp_path / "new"]
+        convert_lora.main([*map(str, command), *flags])
+        return tmp_path / "new"
+
+    return run
+
+
+def peft_keys(layers, prefix="base_model.model.", adapter=""):
+    return {f"{prefix}{n}.lora_{s}{adapter}.weight": t for n, ab in layers.items() for s, t in zip("AB", ab)}
+
+
+def assert_strength(base, folder, layers, scale):
+    """What diffusers' loader adds to the weights is scale * B A."""
+    pipeline = ZImagePipeline.from_pretrained(base)
+    before = {n: pipeline.transformer.get_submodule(n).weight.detach().clone() for n in layers}
+    pipeline.load_lora_weights(folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for name, (a, b) in layers.items():
+        change = pipeline.transformer.get_submodule(name).weight.detach() - before[name]
+        torch.testing.assert_close(change, scale * b @ a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "adapter", "config", "flags", "scale"),
+    [
+        ("base_model.model.", "", {"lora_alpha": ALPHA, "r": RANK}, [], ALPHA / RANK),
+        ("", ".default", None, ["--lora_alpha", str(ALPHA)], ALPHA / RANK),
+        ("transformer.", "", {"lora_alpha": ALPHA, "use_rslora": True}, [], ALPHA / math.sqrt(RANK)),
+    ],
+)
+def test_peft_keys(base, layers, convert, prefix, adapter, config, flags, scale):
+    """The public D-OPSD code saves such files, which neither diffusers nor ComfyUI loads for Z-Image."""
+    folder = convert(peft_keys(layers, prefix, adapter), *flags, config=config)
+    assert_strength(base, folder, layers, scale)
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHA])
+def test_kohya_keys(base, layers, convert, alpha):
+    """The most common form; without an alpha its strength is 1."""
+    tensors = {}
+    for name, (a, b) in layers.items():
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
+        if alpha:
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha)
+    folder = convert(tensors)
+    assert_strength(base, folder, layers, (alpha or RANK) / RANK)
+    assert not [key for key in load_file(folder / LORA) if "alpha" in key]
+
+
+def test_half_precision_loses_no_strength(base, layers, convert):
+    """A scale of 1.5 rounds in bf16, by more than the strength may differ."""
+    half = {name: tuple(t.bfloat16() for t in ab) for name, ab in layers.items()}
+    folder = convert(peft_keys(half), config={"lora_alpha": 1.5 * RANK})
+    assert_strength(base, folder, {name: tuple(t.float() for t in ab) for name, ab in half.items()}, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {**t, "text_encoder.layers.0.weight": torch.zeros(1)}, "text_encoder.layers.0.weight is not understood"),
+        (lambda t: {n.replace("layers.0", "layers.9"): x for n, x in t.items()}, "layers.9.attention.to_q"),
+        (lambda t: {n: x for n, x in t.items() if "lora_B" not in n}, "has only A"),
+        (lambda t: {n: (x[:, :8] if "lora_A" in n else x) for n, x in t.items()}, "the base's layer is"),
+        (lambda t: {**t, **{n.replace(".weight", ".teacher.weight"): x.clone() for n, x in t.items()}}, "several adapters"),
+        (lambda t: {f"lora_unet_{n}": x for n, x in t.items()}, "is not understood"),
+        (lambda t: {}, "holds no weights"),
+    ],
+)
+def test_what_is_not_understood_is_refused(layers, convert, tmp_path, change, words):
+    """A key that is dropped in silence is a layer that is lost."""
+    with pytest.raises(SystemExit) as caught:
+        convert(change(peft_keys(layers)), config={"lora_alpha": ALPHA})
+    assert str(caught.value).startswith("error: ") and words in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_path):
+    """A guess would run the LoRA at another strength; the converted file has the name that the original may have."""
+    with pytest.raises(SystemExit, match="--lora_alpha"):
+        convert(peft_keys(layers))
+    for kind in ("use_dora", "alpha_pattern"):
+        with pytest.raises(SystemExit, match=kind):
+            convert(peft_keys(layers), config={"lora_alpha": ALPHA, kind: {"x": 1}})
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / LORA).write_text("kept")
+    with pytest.raises(SystemExit, match="exists"):
+        convert(peft_keys(layers), "--lora_alpha", "4")
+    assert (tmp_path / "new" / LORA).read_text() == "kept"

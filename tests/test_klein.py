@@ -1,0 +1,372 @@
+"""FLUX.2-klein: contexts, rollout, both teachers, references and whole runs on a tiny model of the real classes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from PIL import Image
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import train_dopsd_full as full_script
+import train_dopsd_lora as script
+from conftest import CHAT_TEMPLATE, HIDDEN, LORA, Trainer, draw, save_vlm, text_config
+from pipeline_dopsd import DOPSDFlux2KleinPipeline, family_of
+
+
+THINKING = (
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+LAYERS = 28  # the features are those of layers 9, 18 and 27
+PROMPTS = ["a red square", "a blue disc on white"]
+
+
+@pytest.fixture(scope="module")
+def klein_tokenizer(tokenizer, tmp_path_factory):
+    """Qwen3's way of turning thinking off: an empty thought after the generation prompt."""
+    folder = tmp_path_factory.mktemp("klein_tokenizer")
+    tokenizer.save_pretrained(folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    assert CHAT_TEMPLATE.endswith("{%- endif -%}")
+    tokenizer.chat_template = CHAT_TEMPLATE.removesuffix("{%- endif -%}") + THINKING
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def klein(klein_tokenizer, tmp_path_factory):
+    """A FLUX.2-klein with one double-stream and two single-stream blocks; images in multiples of 8 pixels."""
+    folder = tmp_path_factory.mktemp("klein")
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
+        block_out_channels=[8, 16, 16], norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * HIDDEN, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**text_config(klein_tokenizer, layers=LAYERS), rope_parameters=rope)),
+        tokenizer=klein_tokenizer,
+        transformer=transformer,
+        is_distilled=True,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def klein_vlm(klein_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("klein_vlm")
+    save_vlm(folder, klein_tokenizer, layers=LAYERS)
+    return folder
+
+
+@pytest.fixture
+def pipeline(klein):
+    pipeline = DOPSDFlux2KleinPipeline.from_pretrained(klein)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def stock(pipeline):
+    stock = Flux2KleinPipeline(**pipeline.components, is_distilled=True)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+@pytest.fixture(scope="module")
+def train_klein(klein, klein_vlm, flags, tmp_path_factory):
+    """Runs of the LoRA script on two images."""
+    folder = tmp_path_factory.mktemp("two_images")
+    for name, (shape, fill) in {"a red square": ("rectangle", "red"), "a blue disc": ("ellipse", "blue")}.items():
+        draw(shape, fill, (64, 64)).save(folder / f"{fill}.png")
+        (folder / f"{fill}.txt").write_text(name)
+    defaults = {
+        "pretrained_model_name_or_path": klein, "vlm_model_name_or_path": klein_vlm, "instance_data_dir": folder,
+        "resolution": 64,
+    }  # fmt: skip
+
+    def command(output_dir, *switches, **changes):
+        return flags(output_dir, *switches, **{**defaults, **changes})
+
+    return Trainer(script, command, LORA, "student")
+
+
+RED, BLUE, WIDE = draw("rectangle", "red", (64, 64)), draw("ellipse", "blue", (64, 64)), draw("ellipse", "green", (100, 67))
+
+
+def test_family_is_known_by_the_base(klein, tmp_path):
+    """The scripts never ask which model it is; of an unknown one the user learns which ones there are."""
+    assert family_of(str(klein)) is DOPSDFlux2KleinPipeline
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="ZImagePipeline.*Flux2KleinPipeline"):
+        family_of(str(tmp_path))
+
+
+def test_student_contexts_are_the_stock_pipelines(pipeline, stock):
+    """512 tokens with the padding kept, thinking off: a LoRA trained on other features would not work in use."""
+    expected, _ = stock.encode_prompt(PROMPTS)
+    contexts = pipeline.encode_student(PROMPTS)
+    assert expected.shape == (2, 512, 3 * HIDDEN)
+    for ours, theirs in zip(contexts, expected, strict=True):
+        assert list(ours) == ["prompt_embeds"] and torch.equal(ours["prompt_embeds"], theirs)
+
+
+def test_vlm_context_is_laid_out_as_the_text_that_the_model_knows(pipeline, klein_vlm):
+    """Tokens at positions, or an ending of the chat, that the transformer has never seen would mean little to it."""
+    pipeline.load_multimodal_encoder(str(klein_vlm))
+    encoder, ending = pipeline.multimodal_encoder, pipeline.chat_ending(pipeline.tokenizer)
+    assert ending == "<think>\n\n</think>\n\n"
+    vision = "<|vision_start|><|vision_end|>"
+    stock = pipeline.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert encoder.chat(PROMPTS[0], 0, ending).replace(vision, "") == stock
+    (context,) = pipeline.encode_teacher(PROMPTS[:1], [RED])
+    assert context["prompt_embeds"].shape == (512, 3 * HIDDEN)
+    states = encoder.hidden_states(PROMPTS[0], RED, ending)  # without padding
+    length = encoder.context_length(PROMPTS[0], 64, 64, ending)
+    expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1)
+    assert len(expected) == length
+    torch.testing.assert_close(context["prompt_embeds"][:length], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_of_the_vlm_context_is_that_of_the_text_encoder(pipeline, klein_vlm):
+    """The transformer attends to the padding, so the teacher's must be made as the student's is."""
+    pipeline.load_multimodal_encoder(str(klein_vlm))
+    encoder = pipeline.multimodal_encoder
+    text = pipeline.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    inputs = encoder.tokenizer(text, return_tensors="pt", padding="max_length", max_length=512, padding_side="right")
+    with torch.no_grad():
+        states = encoder.model(**inputs, output_hidden_states=True).hidden_states
+    ours = torch.cat([states[k][0] for k in (9, 18, 27)], dim=-1)
+    torch.testing.assert_close(ours, pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"], rtol=1e-3, atol=1e-4)
+
+
+def test_edit_context_is_the_students_with_the_image_as_last_reference(pipeline, stock):
+    """The edit branch sees what the stock pipeline makes of an image; other latents would be another picture to it."""
+    (teacher,) = pipeline.encode_teacher(PROMPTS[:1], [RED], "edit", [[WIDE]])
+    (student,) = pipeline.encode_student(PROMPTS[:1], [[WIDE]])
+    assert sorted(student) == ["prompt_embeds", "reference_0"] and sorted(teacher) == [*sorted(student), "reference_1"]
+    assert all(torch.equal(teacher[name], student[name]) for name in student)
+    pixels = stock.image_processor.preprocess(RED, height=64, width=64, resize_mode="crop")
+    with torch.no_grad():
+        expected, _ = stock.prepare_image_latents([pixels], 1, None, "cpu", torch.float32)
+    assert torch.equal(pipeline._pack_latents(teacher["reference_1"][None]), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+@pytest.mark.parametrize("references", [[], [RED], [WIDE, RED]], ids=["text", "one", "two"])
+def test_rollout_is_the_stock_pipelines_trajectory(pipeline, stock, size, references):
+    """Trained on other states than inference visits, the LoRA would not be on-policy."""
+    (height, width), expected, steps = size, [], 4
+    noise = pipeline.initial_noise(height, width, torch.Generator().manual_seed(0))
+    stock(
+        references or None, PROMPTS[0], height=height, width=width, num_inference_steps=steps, guidance_scale=1.0,
+        latents=noise.clone(), output_type="latent",
+        callback_on_step_end=lambda pipe, step, time, values: expected.append(values["latents"].clone()) or {},
+    )  # fmt: skip
+    contexts, latents, states = pipeline.encode_student(PROMPTS[:1], [references]), noise, []
+    with torch.no_grad():
+        for timestep in pipeline.few_step_grid(steps, latents):
+            velocity = pipeline.velocity(pipeline.transformer, latents, timestep, contexts)
+            latents = pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            states.append(pipeline._pack_latents(latents))
+    assert len(states) == len(expected) == steps and noise.shape == (1, 16, height // 8, width // 8)
+    for ours, theirs in zip(states, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        ours = pipeline.sample(pipeline.transformer, contexts, noise, steps)
+    images = stock(
+        references or None, PROMPTS[0], height=height, width=width, num_inference_steps=steps, latents=noise, guidance_scale=1.0
+    ).images  # fmt: skip
+    assert np.abs(np.asarray(ours[0]).astype(int) - np.asarray(images[0])).max() <= 1
+
+
+def test_grid_depends_on_the_resolution(pipeline):
+    """The fixed grid of a scheduler without mu is not what inference runs (shift of the size of the image)."""
+    small, large = (pipeline.few_step_grid(4, torch.zeros(1, 16, side // 16, side // 16)) / 1000 for side in (512, 1024))
+    torch.testing.assert_close(large, torch.tensor([1.0, 0.967, 0.908, 0.767]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(small, torch.tensor([1.0, 0.958, 0.884, 0.718]), rtol=0, atol=1e-3)
+
+
+def test_batch_of_two_equals_two_of_one(pipeline):
+    """Prompts and references of one image must not reach the other."""
+    contexts = pipeline.encode_student(PROMPTS, [[RED], [BLUE]])
+    latents, time = torch.randn(2, 16, 4, 4), torch.tensor(700.0)
+    with torch.no_grad():
+        both = pipeline.velocity(pipeline.transformer, latents, time, contexts)
+        each = [pipeline.velocity(pipeline.transformer, latents[i : i + 1], time, [contexts[i]]) for i in (0, 1)]
+        swapped = pipeline.velocity(pipeline.transformer, latents, time, contexts[::-1])
+    torch.testing.assert_close(both, torch.cat(each), rtol=1e-4, atol=1e-5)
+    assert (both - swapped).abs().max() > 1e-3
+
+
+def test_lora_covers_both_kinds_of_blocks(pipeline):
+    """The public code trained the attention of the double-stream blocks alone, because other names matched nothing."""
+    targets = pipeline.lora_targets(pipeline.transformer)
+    double = [t for t in targets if t.startswith("transformer_blocks.0.")]
+    single = [t for t in targets if t.startswith("single_transformer_blocks.")]
+    assert len(double) == 12 and len(single) == 2 * 2 and len(targets) == 16
+
+
+@pytest.fixture(scope="module")
+def trained(train_klein, tmp_path_factory):
+    return train_klein(
+        tmp_path_factory.mktemp("trained"), max_train_steps=6, rollout_steps=4, learning_rate=0.3, ema_decay=1.0,
+        validation_steps=100, num_validation_images=1, lora_alpha=8,
+    )  # fmt: skip
+
+
+def test_lora_loads_in_all_ways(trained, klein):
+    """With and without the code of the repository, a user sees the pictures of the validation."""
+    expected = np.asarray(Image.open(trained / "validation" / "step-000006.png")).astype(int)[:64, :64]
+    before = np.asarray(Image.open(trained / "validation" / "step-000000.png")).astype(int)[:64, :64]
+    assert np.abs(expected - before).max() > 10
+    a = DiffusionPipeline.from_pretrained(klein, custom_pipeline=str(trained), trust_remote_code=True)
+    a.load_lora_weights(trained)
+    b = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    c = DiffusionPipeline.from_pretrained(klein)
+    c.load_lora_weights(trained)
+    assert type(c) is Flux2KleinPipeline
+    for pipe, settings in ((a, {}), (b, {}), (c, {"num_inference_steps": 4, "guidance_scale": 1.0})):
+        noise = b.initial_noise(64, 64, torch.Generator().manual_seed(0))
+        image = pipe(prompt="a blue disc", height=64, width=64, latents=noise, **settings).images[0]
+        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+
+
+@pytest.fixture
+def with_references(tmp_path):
+    """Four images, each with a reference of one of two sizes."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for i, fill in enumerate(["red", "blue", "green", "yellow"]):
+        draw("rectangle", fill, (32, 32)).save(folder / f"target_{i}.png")
+        draw("ellipse", fill, (64, 64) if i < 2 else (96, 64)).save(folder / f"reference_{i}.png")
+        rows.append({"file_name": f"target_{i}.png", "reference_file_name": f"reference_{i}.png", "text": f"a {fill} square"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("teacher_context", ["vlm", "edit"])
+@pytest.mark.parametrize("teacher_image", ["target", "other"])
+def test_every_teacher_trains(train_klein, tmp_path, monkeypatch, teacher_context, teacher_image):
+    """Each of the four teachers runs, sees the image it is said to see, and teaches something."""
+    shown, encode = {}, DOPSDFlux2KleinPipeline.encode_teacher
+
+    def recorded(self, prompts, images, context, *rest):
+        assert context == teacher_context
+        shown[prompts[0]] = images[0].getpixel((20, 20))
+        return encode(self, prompts, images, context, *rest)
+
+    monkeypatch.setattr(DOPSDFlux2KleinPipeline, "encode_teacher", recorded)
+    logs = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append(values))
+    changes = {"teacher_context": teacher_context, "teacher_image": teacher_image, "context_cache_dir": tmp_path / "cache"}
+    if teacher_context == "edit":
+        changes["teacher_prompt_suffix"] = ", as pictured"
+    train_klein(tmp_path / "out", **changes)
+    suffix = changes.get("teacher_prompt_suffix", "")
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert shown["a red square" + suffix] == (red if teacher_image == "target" else blue)
+    assert all(values["loss"] > 1e-6 for values in logs) and (tmp_path / "out" / LORA).is_file()
+
+
+def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, with_references, tmp_path, monkeypatch):
+    """A student without its references, or batches of several layouts, would train another task or fail."""
+    seen, velocity = [], DOPSDFlux2KleinPipeline.velocity
+
+    def recorded(self, transformer, latents, timestep, contexts):
+        seen.append([{n: tuple(t.shape[1:]) for n, t in c.items() if n != "prompt_embeds"} for c in contexts])
+        return velocity(self, transformer, latents, timestep, contexts)
+
+    monkeypatch.setattr(DOPSDFlux2KleinPipeline, "velocity", recorded)
+    train_klein(
+        tmp_path / "out", instance_data_dir=with_references, reference_column="reference", teacher_context="edit",
+        train_batch_size=2, max_train_steps=2, rollout_steps=1, context_cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert len(seen) == 2 * 2
+    for teacher, student in zip(seen[0::2], seen[1::2]):
+        assert teacher[0] == teacher[1] and student[0] == student[1]
+        assert teacher[0] == {**student[0], "reference_1": (8, 8)}
+    assert {c[0]["reference_0"] for c in seen} == {(8, 8), (8, 12)}
+
+
+def test_cache_is_renewed_when_the_teacher_changes(train_klein, tmp_path):
+    """Contexts of another teacher would be taken for those of this one."""
+    cache = tmp_path / "cache"
+    counts = []
+    for changes in ({}, {"teacher_image": "other"}, {"teacher_context": "edit"}, {"teacher_prompt_suffix": "!"}, {}):
+        train_klein(tmp_path / "out", context_cache_dir=cache, max_train_steps=1, rollout_steps=1, **changes)
+        counts.append(len(list(cache.iterdir())))
+    assert counts == [2, 4, 6, 8, 8]
+
+
+@pytest.mark.parametrize("changes", [{"teacher_context": "edit"}, {"teacher_image": "other"}])
+def test_resume_with_another_teacher_is_an_error(train_klein, trained, changes):
+    """Half a training by one teacher and half by another is neither."""
+    (flag,) = changes
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        train_klein(
+            trained, resume_from_checkpoint="latest", max_train_steps=9, rollout_steps=4, ema_decay=1.0, lora_alpha=8, **changes
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("z", {"teacher_context": "edit"}, "--teacher_context edit"),
+        ("z", {"reference_column": "reference"}, "--reference_column"),
+        ("klein", {"reference_column": "nowhere"}, "'nowhere'"),
+        ("klein", {"teacher_image": "other"}, "--teacher_image other"),
+        ("klein", {"teacher_max_pixels": 512 * 512}, "--teacher_max_pixels"),
+    ],
+)
+def test_input_that_no_teacher_can_use(train, train_klein, with_references, tmp_path, monkeypatch, family, changes, words):
+    """One error names the flag, before any weights load."""
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    if "teacher_image" in changes:
+        single = tmp_path / "single"
+        single.mkdir()
+        shutil.copy(with_references / "target_0.png", single / "a.png")
+        changes = {**changes, "instance_data_dir": single, "instance_prompt": "a"}
+    elif "teacher_max_pixels" in changes:
+        (with_references / "metadata.jsonl").unlink()
+        draw("ellipse", "blue", (512, 512)).save(with_references / "large.png")
+        changes = {**changes, "instance_data_dir": with_references, "instance_prompt": "a" * 600, "resolution": 512}
+    else:
+        changes = {**changes, "instance_data_dir": with_references}
+    with pytest.raises(ValueError, match=words):
+        (train if family == "z" else train_klein)(tmp_path / "out", **changes)
+
+
+def test_full_fine_tuning_leaves_a_pipeline(klein, train_klein, tmp_path):
+    """The result of the full script is the base's layout, for plain diffusers and for this project's class."""
+    run = Trainer(full_script, train_klein.flags, None, None)
+    run(tmp_path / "out", rank=None, learning_rate=1e-3, max_train_steps=2, teacher_context="edit")
+    tuned = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(tuned) is Flux2KleinPipeline and tuned.config.is_distilled
+    ours = DOPSDFlux2KleinPipeline.from_pretrained(tmp_path / "out")
+    base = Flux2KleinPipeline.from_pretrained(klein)
+    changed = [not torch.equal(a, b) for a, b in zip(tuned.transformer.parameters(), base.transformer.parameters())]
+    assert any(changed)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.transformer.parameters(), ours.transformer.parameters()))
