@@ -861,7 +861,8 @@ def save_pipeline(transformer, family, args):
         index["num_inference_steps"] = args.num_inference_steps
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
-    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__}  # noqa: F401\n")
+    # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
+    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__} as Pipeline  # noqa: F401\n")
     (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
 
 

@@ -801,7 +801,8 @@ def save_repository_files(pipeline, args):
     """Writes what lets DiffusionPipeline load OUTPUT_DIR: the pipeline's code, model_index.json and the settings."""
     folder = Path(args.output_dir)
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
-    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__}  # noqa: F401\n")
+    # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
+    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__} as Pipeline  # noqa: F401\n")
     base_dtype = "bfloat16" if weight_dtype_of(args) == torch.bfloat16 else "float32"
     index = repository_config(pipeline, args.pretrained_model_name_or_path, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
