@@ -534,8 +534,9 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
     paths = {pair: cache.path(keys[pair[0]], shown_row(keys, pair[0], args), pair[1]) for pair in pairs}
-    missing = [pair for pair, path in paths.items() if not path.exists()]
-    logger.info(f"Contexts: {len(pairs) - len(missing)} of {len(pairs)} cached.")
+    # rows with the same images and caption share a file
+    missing = list({path: pair for pair, path in paths.items() if not path.exists()}.values())
+    logger.info(f"Contexts: {len(missing)} of {len(set(paths.values()))} to encode.")
     accelerator.wait_for_everyone()
     if not missing:
         return

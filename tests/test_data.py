@@ -213,6 +213,16 @@ def test_cache_is_renewed_when_what_it_holds_changes(train, tmp_path, encoded):
     assert encodes() == []
 
 
+def test_equal_images_with_one_caption_are_encoded_once(train, tmp_path, encoded):
+    """A dataset that repeats its rows would be encoded as often."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "abc":
+        draw("ellipse", "blue").save(folder / f"{name}.png")
+    train(tmp_path / "out", instance_data_dir=folder, instance_prompt="a disc", max_train_steps=1, context_cache_dir=tmp_path / "cache")
+    assert [caption for caption, _ in encoded] == ["a disc"]
+
+
 @pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer"])
 def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part):
     """Contexts of other encoder weights would be taken for those of these."""
