@@ -10,8 +10,7 @@ SFT_STEPS = $$(( 6 * $(STEPS) ))
 RATE ?= 1e-3
 MINIATURE := examples/miniature
 # the layers through which the text reaches the network: the concept is learned and little else changes
-REFINER := context_refiner.0
-LAYERS ?= $(REFINER).attention.to_q,$(REFINER).attention.to_k,$(REFINER).attention.to_v,$(REFINER).attention.to_out.0,$(REFINER).feed_forward.w1,$(REFINER).feed_forward.w2,$(REFINER).feed_forward.w3
+LAYERS ?= context_refiner
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--learning_rate $(RATE) --seed 0

@@ -228,7 +228,7 @@ class DOPSDMixin:
 
     @classmethod
     def lora_targets(cls, transformer: torch.nn.Module, names: list[str] | None = None) -> list[str]:
-        """Full names of the linear layers of `transformer` that end in one of `names` (default: the family's).
+        """Full names of the linear layers of `transformer` that begin or end with one of `names` (default: the family's).
 
         Raises:
             ValueError: a name matches no linear layer.
@@ -236,7 +236,7 @@ class DOPSDMixin:
         linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         targets = []
         for wanted in names or cls.lora_layers:
-            found = [name for name in linears if name == wanted or name.endswith("." + wanted)]
+            found = [name for name in linears if f".{name}".endswith(f".{wanted}") or name.startswith(f"{wanted}.")]
             if not found:
                 known = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit() or p == "0") for name in linears})
                 raise ValueError(f"--lora_layers: {wanted!r} matches no linear layer. Layers end in: {', '.join(known)}.")

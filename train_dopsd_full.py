@@ -114,8 +114,9 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
     "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding",
-    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column",
+    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
 }  # fmt: skip
+NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 
 
 class InputError(ValueError):
@@ -160,6 +161,9 @@ def add_dopsd_arguments(parser):
     add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
         "image itself, or the next one of the set, which guards against copying.")
     add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
+    add("--prior_prompts", help="Text file with a prompt on each line that the model is to go on drawing as it does: some "
+        "batches are rollouts on them, with a teacher that sees no image.")
+    add("--prior_every", type=int, default=2, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
 
@@ -241,6 +245,8 @@ def check_arguments(parser, args):
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
+    if args.prior_every < 2:
+        parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.checkpointing_steps < 1:
         parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
     if args.hub_push_checkpoints and not args.push_to_hub:
@@ -397,6 +403,24 @@ def hash_image(source):
     return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
 
 
+def read_prior_prompts(args):
+    """The lines of --prior_prompts.
+
+    Raises:
+        ValueError: they cannot be read, or there are none.
+    """
+    if not args.prior_prompts:
+        return []
+    try:
+        lines = Path(args.prior_prompts).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prior_prompts {args.prior_prompts} is no text file that can be read ({error}).") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prior_prompts {args.prior_prompts} holds no prompt: write one on each line.")
+    return prompts
+
+
 def references_of(row):
     """The undecoded images that the student is given: none, one or several."""
     references = row.get("references") or []
@@ -408,9 +432,17 @@ def shown_row(rows, index, args):
     return rows[(index + 1) % len(rows) if args.teacher_image == "other" else index]
 
 
-def layout_of(row):
-    """What the images of a batch must have in common: their bucket and the sizes of their references."""
-    return tuple(row["bucket"]), tuple(map(tuple, row["reference_sizes"]))
+def rows_of(rows, index, args):
+    """The row and the row whose image the teacher sees; a prior prompt, of index None, has no images."""
+    return (NO_IMAGES, NO_IMAGES) if index is None else (rows[index], shown_row(rows, index, args))
+
+
+def layouts_of(dataset, args):
+    """For each row, what the images of a batch must have in common: their bucket, the sizes of their references and the bucket
+    of the image that the teacher sees."""
+    buckets = list(map(tuple, dataset["bucket"]))
+    references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"]]
+    return tuple((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
 
 
 def training_image(row):
@@ -474,7 +506,7 @@ class ContextCache:
 
     def __init__(self, args):
         self.folder = Path(args.context_cache_dir)
-        encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if args.teacher_context == "edit" or args.reference_column else [])]
+        encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix]
         if args.teacher_context == "vlm":
@@ -486,10 +518,10 @@ class ContextCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def read(self, row, shown, caption):
-        """(student context, teacher context)."""
+        """(student context, teacher context); they are one for a prior prompt."""
         tensors = load_file(self.path(row, shown, caption))
         split = {who: {n.removeprefix(who + "."): t for n, t in tensors.items() if n.startswith(who)} for who in ("student", "teacher")}
-        return split["student"], split["teacher"]
+        return split["student"], split["teacher"] or split["student"]
 
     def write(self, row, shown, caption, student, teacher):
         path = self.path(row, shown, caption)
@@ -497,6 +529,11 @@ class ContextCache:
         contexts = {"student": student, "teacher": teacher}
         save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
         os.replace(aside, path)
+
+
+def sees_references(args):
+    """Whether the transformer is shown reference images, which the VAE encodes."""
+    return args.teacher_context == "edit" or args.reference_column is not None
 
 
 def weight_dtype_of(args):
@@ -520,6 +557,8 @@ def check_contexts(family, args, dataset, pairs):
     buckets = list(map(tuple, dataset["bucket"]))
     without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
+        if index is None:
+            continue
         bucket = shown_row(buckets, index, args)
         # a token is at least one byte: of most captions no token needs to be counted
         length = without_caption[bucket] + len(caption.encode())
@@ -533,7 +572,7 @@ def check_contexts(family, args, dataset, pairs):
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
-    paths = {pair: cache.path(keys[pair[0]], shown_row(keys, pair[0], args), pair[1]) for pair in pairs}
+    paths = {(index, caption): cache.path(*rows_of(keys, index, args), caption) for index, caption in pairs}
     # rows with the same images and caption share a file
     missing = list({path: pair for pair, path in paths.items() if not path.exists()}.values())
     logger.info(f"Contexts: {len(missing)} of {len(set(paths.values()))} to encode.")
@@ -547,16 +586,18 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
+        **({} if sees_references(args) else {"vae": None}),
     ).to(accelerator.device)
     if args.teacher_context == "vlm":
         pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
-        row, shown = dataset[index], shown_row(dataset, index, args)
+        row, shown = rows_of(dataset, index, args)
         references = [[load_image(source) for source in references_of(row)]]
-        student = pipeline.encode_student([caption], references)[0]
-        prompt = caption + args.teacher_prompt_suffix
-        teacher = pipeline.encode_teacher([prompt], [training_image(shown)], args.teacher_context, references)[0]
+        student, teacher = pipeline.encode_student([caption], references)[0], {}
+        if index is not None:
+            prompt = caption + args.teacher_prompt_suffix
+            teacher = pipeline.encode_teacher([prompt], [training_image(shown)], args.teacher_context, references)[0]
         cache.write(row, shown, caption, student, teacher)
     del pipeline
     free_memory()
@@ -670,16 +711,17 @@ class FullTeacher:
         return contextlib.nullcontext(self.module)
 
 
-def make_batch(pipeline, rows, cache, draws, args, device):
-    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random."""
+def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
+    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random, or one of
+    `prior_prompts` if there are any."""
     noise, contexts = [], []
     for index, rng in draws:
-        row = rows[index]
-        caption = row["captions"][rng.integers(len(row["captions"]))]
-        pair = cache.read(row, shown_row(rows, index, args), caption)
+        bucket, captions = rows[index]["bucket"], prior_prompts or rows[index]["captions"]
+        caption = captions[rng.integers(len(captions))]
+        pair = cache.read(*rows_of(rows, None if prior_prompts else index, args), caption)
         contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        noise.append(pipeline.initial_noise(*row["bucket"], generator))
+        noise.append(pipeline.initial_noise(*bucket, generator))
     return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
@@ -1115,6 +1157,7 @@ def check_inputs(args):
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
+    pairs += [(None, prompt) for prompt in read_prior_prompts(args)]
     check_contexts(family, args, dataset, pairs)
     return family, dataset, checkpoint, pairs
 
@@ -1265,8 +1308,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
     if validating and first_step == 0:
         validate(0)
-    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_sizes", "reference_hashes"])
-    layouts = tuple(map(layout_of, rows))
+    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
+    layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
@@ -1276,7 +1319,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
             micro_step = step * args.gradient_accumulation_steps + micro
             draws = draw_batch(layouts, args.train_batch_size, micro_step, accelerator.process_index,
                                accelerator.num_processes, args.seed)  # fmt: skip
-            batch = make_batch(pipeline, rows, cache, draws, args, accelerator.device)
+            prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
+            batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)

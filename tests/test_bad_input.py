@@ -47,6 +47,14 @@ def test_missing_folder(refused, tmp_path):
     refused("--instance_data_dir", tmp_path / "nowhere", instance_data_dir=tmp_path / "nowhere")
 
 
+def test_prior_prompts(refused, tmp_path):
+    """A mistyped or empty file of prior prompts would train without them; with one batch in one, no image would be seen."""
+    refused("--prior_prompts", tmp_path / "nowhere.txt", prior_prompts=tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    refused("--prior_prompts", "holds no prompt", prior_prompts=tmp_path / "empty.txt")
+    refused("--prior_every", "at least 2", prior_every=1)
+
+
 def test_folder_without_images(refused, tmp_path):
     """A folder of other things, with hidden files of the file manager."""
     (tmp_path / "empty").mkdir()

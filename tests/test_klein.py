@@ -311,6 +311,20 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, 
     assert {c[0]["reference_0"] for c in seen} == {(8, 8), (8, 12)}
 
 
+def test_batches_share_the_size_of_what_the_teacher_sees(train_klein, tmp_path):
+    """Two square images whose teachers see images of two shapes cannot be one batch."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, size in {"a": (128, 128), "b": (128, 128), "c": (192, 96)}.items():
+        draw("ellipse", "blue", size).save(folder / f"{name}.png")
+    changes = {"teacher_context": "edit", "teacher_image": "other", "train_batch_size": 2, "rollout_steps": 1, "resolution": 128}
+    train_klein(
+        tmp_path / "out", instance_data_dir=folder, instance_prompt="a disc", max_train_steps=3,
+        context_cache_dir=tmp_path / "cache", **changes,
+    )  # fmt: skip
+    assert (tmp_path / "out" / LORA).is_file()
+
+
 def test_cache_is_renewed_when_the_teacher_changes(train_klein, tmp_path):
     """Contexts of another teacher would be taken for those of this one."""
     cache = tmp_path / "cache"

@@ -148,13 +148,15 @@ def test_default_layers_are_attention_and_feed_forward_of_all_blocks(trained):
     assert layers == {f"{block}.{kind}" for block in blocks for kind in kinds}
 
 
-def test_lora_layers_are_found_by_the_end_of_their_name(pipeline):
+def test_lora_layers_are_found_by_the_end_or_beginning_of_their_name(pipeline):
     """--lora_layers takes what people write, never half a name, and no name that matches nothing."""
     found = DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["to_q", "layers.1.feed_forward.w1"])
     assert sorted(found) == [
         "context_refiner.0.attention.to_q", "layers.0.attention.to_q", "layers.1.attention.to_q",
         "layers.1.feed_forward.w1", "noise_refiner.0.attention.to_q",
     ]  # fmt: skip
+    refiner = DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["context_refiner"])
+    assert len(refiner) == 7 and all(name.startswith("context_refiner.0.") for name in refiner)
     for name in ("o_q", "attention", "to_query"):
         with pytest.raises(ValueError, match=name):
             DOPSDZImagePipeline.lora_targets(pipeline.transformer, ["to_k", name])

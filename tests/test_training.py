@@ -182,6 +182,27 @@ def test_validation_pictures(train_any, tmp_path):
     assert student[0] != teacher[0]
 
 
+def test_prior_prompts_have_a_teacher_that_sees_no_image(train_any, pipeline, tmp_path, monkeypatch):
+    """With an image in its context, the teacher would teach the concept on the very prompts that are to stay as they are."""
+    prompts, seen, velocity = ["a red car", "a small blue door"], [], DOPSDZImagePipeline.velocity
+    (tmp_path / "prior.txt").write_text("\n\n".join(prompts) + "\n")
+
+    def recorded(self, transformer, latents, timestep, contexts):
+        seen.append([context["prompt_embeds"].clone() for context in contexts])
+        return velocity(self, transformer, latents, timestep, contexts)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", recorded)
+    train_any(
+        tmp_path / "out", prior_prompts=tmp_path / "prior.txt", prior_every=3, max_train_steps=6, rollout_steps=1,
+        train_batch_size=2, validation_steps=0, context_cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    teacher, student = seen[0::2], seen[1::2]
+    same = [all(map(torch.equal, ours, theirs)) for ours, theirs in zip(teacher, student)]
+    assert same == [False, False, True, False, False, True]
+    expected = [embeds["prompt_embeds"] for embeds in pipeline.encode_student(prompts)]
+    assert all(any(torch.equal(embeds, wanted) for wanted in expected) for embeds in student[2] + student[5])
+
+
 def test_unused_vae_does_not_change_the_training(train_any, tmp_path):
     """The size of the latents follows from the VAE, also where no validation needs its weights."""
     with_vae = train_any(tmp_path / "with", validation_steps=100, num_validation_images=1)

@@ -154,9 +154,10 @@ def peak_bytes(work, device):
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        trace.export_chrome_trace(file.name)
-        events = [e for e in json.load(file)["traceEvents"] if e["name"] == "[memory]"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(file))
+        events = [e for e in json.loads(file.read_text())["traceEvents"] if e["name"] == "[memory]"]
     return int(np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]).max())
 
 

@@ -294,9 +294,12 @@ class Looks(torch.nn.Module):
         blocks = pictures.unfold(2, 16, 16).unfold(3, 16, 16)  # (B, 3, 4, 4, 16, 16)
         return F.mse_loss(self.picture(hidden), blocks.permute(0, 2, 3, 1, 4, 5).reshape(len(hidden), -1))
 
+    def read(self, hidden):
+        return dict(zip(self.sizes, self.last(hidden).split(list(self.sizes.values()), dim=1)))
+
     def object_loss(self, hidden, scenes):
         """`hidden` (B, 128 * LOOK_TOKENS). Returns the loss and the share of named shapes that are read off right."""
-        out = dict(zip(self.sizes, self.last(hidden).split(list(self.sizes.values()), dim=1)))
+        out = self.read(hidden)
         index = lambda options, value: options.index(value) if value in options else len(options)  # noqa: E731
         target = lambda values: torch.tensor(np.array(values)).to(hidden.device)  # noqa: E731
         shapes = target([index(NAMES, s.shape) for s in scenes])
@@ -308,7 +311,7 @@ class Looks(torch.nn.Module):
         return loss, (out["shape"].argmax(1) == shapes).float().mean().item()
 
     def style_loss(self, hidden, scenes):
-        out = dict(zip(self.sizes, self.last(hidden).split(list(self.sizes.values()), dim=1)))
+        out = self.read(hidden)
         styles = [world.style_of(s.style) for s in scenes]
         target = lambda values: torch.tensor(np.array(values)).to(hidden.device)  # noqa: E731
         loss = 0.5 * F.cross_entropy(out["texture"], target([world.TEXTURES.index(s.texture) for s in styles]))

@@ -26,8 +26,6 @@ from judge import Judge
 
 
 RATES = (3e-4, 1e-3, 3e-3)
-LINEARS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-LAYERS = ",".join(f"context_refiner.0.{name}" for name in LINEARS)
 PASSES = {"dopsd": 12, "control": 12, "sft": 2, "dreambooth": 4}
 NAMES = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth", "control": "D-OPSD, teacher shown wrong pictures"}
 
@@ -59,7 +57,7 @@ def train(job):
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
         flags = ["--pretrained_model_name_or_path", HERE / "model", "--vlm_model_name_or_path", HERE / "vlm"]
         flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
-        flags += ["--rank", 16, "--lora_layers", LAYERS, "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
+        flags += ["--rank", 16, "--lora_layers", "context_refiner", "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
         flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
         flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
         if method in ("dopsd", "control"):

@@ -70,11 +70,8 @@ def concept_accuracy(pipeline, judge, concept, seeds, contexts=None):
     scenes = held_out_scenes(concept)
     contexts = contexts or pipeline.encode_student(captions(scenes, concept))
     images = [sample(pipeline, contexts, seed) for seed in seeds]
-    attributes = [a for a in ("shape", "colour", "pattern", "style") if a not in concept.shows]
-    results = [accuracy(judge, pictures, scenes, concept.shows) for pictures in images]
-    for (_, shares), pictures in zip(results, images):
-        shares |= accuracy(judge, pictures, scenes, attributes)[1]
-    return results, images
+    each = [accuracy(judge, pictures, scenes, ["shape", "colour", "pattern", "style"])[1] for pictures in images]
+    return [(accuracy(judge, p, scenes, concept.shows)[0], shares) for p, shares in zip(images, each)], images
 
 
 def detail(images):
