@@ -281,7 +281,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
 
     @staticmethod
-    def max_context_length(transformer_config: dict) -> int:
+    def max_context_length(transformer_config: dict, pipeline_config: dict) -> int:
         """The longest context, in tokens, that the transformer's position table holds (1504 for Z-Image-Turbo).
 
         A context is padded to a multiple of 32 and the image's position starts one after it.
@@ -348,6 +348,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     Args:
         num_inference_steps (`int`): the checkpoint's number of steps, used when a call names none.
         text_encoder_out_layers (`list[int]`): layers of the text encoder whose features are concatenated.
+        max_sequence_length (`int`): tokens of every context, padding included.
     """
 
     # attention and feed-forward of the double-stream blocks (image, text), then the fused layers of the single-stream blocks
@@ -376,18 +377,23 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         is_distilled: bool = True,
         num_inference_steps: int = 4,
         text_encoder_out_layers: list = stock_layers,
+        max_sequence_length: int = stock_length,
     ):
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, text_encoder_out_layers=list(text_encoder_out_layers)
-        )
+        encoding = {"text_encoder_out_layers": list(text_encoder_out_layers), "max_sequence_length": max_sequence_length}
+        self.register_to_config(num_inference_steps=num_inference_steps, **encoding)
 
     @torch.no_grad()
     def __call__(self, image=None, prompt=None, *, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
         """As [`Flux2KleinPipeline.__call__`], with the checkpoint's number of steps and without guidance by default."""
-        kwargs.setdefault("text_encoder_out_layers", self.config.text_encoder_out_layers)
+        kwargs = {**self.encoding, **kwargs}
         steps = num_inference_steps or self.config.num_inference_steps
         return super().__call__(image, prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
+
+    @property
+    def encoding(self) -> dict:
+        """Arguments of the stock encode_prompt that this checkpoint was trained with."""
+        return {name: self.config[name] for name in ("text_encoder_out_layers", "max_sequence_length")}
 
     @staticmethod
     def chat_ending(tokenizer) -> str:
@@ -400,14 +406,14 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         return not_thinking.removeprefix(thinking)
 
     @classmethod
-    def max_context_length(cls, transformer_config: dict) -> int:
+    def max_context_length(cls, transformer_config: dict, pipeline_config: dict) -> int:
         """The length, in tokens, of every context."""
-        return cls.stock_length
+        return pipeline_config.get("max_sequence_length", cls.stock_length)
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
         """Student context c_s: the stock text features (512, dim), padding kept, and the latents of reference images."""
-        embeds = self.encode_prompt(list(prompts), text_encoder_out_layers=self.config.text_encoder_out_layers)[0]
+        embeds = self.encode_prompt(list(prompts), **self.encoding)[0]
         references = references or [[]] * len(prompts)
         return [{"prompt_embeds": e, **self.encode_references(r)} for e, r in zip(embeds, references, strict=True)]
 
@@ -417,8 +423,8 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
         `edit`: the student's context with the image as the last reference, the transformer's own way to see images.
 
-        `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: 512 tokens, so that
-        position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept behind them; the
+        `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: of `max_sequence_length`
+        (512) tokens, so that position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept behind them; the
         chat ends as the text encoder's does with thinking off. A longer context would put tokens at positions never seen.
         """
         references = references or [[]] * len(prompts)
@@ -426,7 +432,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
             return self.encode_student(prompts, [[*r, image] for r, image in zip(references, images, strict=True)])
         ending, layers, contexts = self.chat_ending(self.tokenizer), self.config.text_encoder_out_layers, []
         for prompt, image, own in zip(prompts, images, references, strict=True):
-            hidden = self.multimodal_encoder.hidden_states(prompt, image, ending, pad_to=self.stock_length)
+            hidden = self.multimodal_encoder.hidden_states(prompt, image, ending, pad_to=self.config.max_sequence_length)
             embeds = torch.cat([hidden[k] for k in layers], dim=-1)
             contexts.append({"prompt_embeds": embeds, **self.encode_references(own)})
         return contexts
@@ -535,12 +541,13 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         is_distilled: bool = True,
         num_inference_steps: int = 4,
         text_encoder_out_layers: list = DOPSDFlux2KleinPipeline.stock_layers,
+        max_sequence_length: int = DOPSDFlux2KleinPipeline.stock_length,
         base_model: str = None,
         base_dtype: str = "bfloat16",
     ):
         base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
-        config = {name: base.config[name] for name in ("is_distilled", "text_encoder_out_layers")}
-        DOPSDFlux2KleinPipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps, **config)
+        config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps, **base.encoding}
+        DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
         self.register_to_config(base_model=base_model, base_dtype=base_dtype)
 
 

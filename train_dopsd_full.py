@@ -69,6 +69,7 @@ from accelerate.utils import (
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     find_nearest_bucket,
@@ -94,6 +95,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
@@ -185,6 +187,10 @@ def add_training_arguments(parser):
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
+    add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
+    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers, for "
+        "example flash, _flash_3_hub or sage. Default: PyTorch's.")
+    add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
@@ -200,6 +206,7 @@ def add_output_arguments(parser):
         "each. Default: training captions.")
     add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
@@ -245,6 +252,8 @@ def check_arguments(parser, args):
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
+    if not 0.0 < args.checkpointed_blocks <= 1.0:
+        parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
     if args.prior_every < 2:
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.checkpointing_steps < 1:
@@ -553,7 +562,8 @@ def check_contexts(family, args, dataset, pairs):
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     encoder.check_config(text_config)
     ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
-    longest = family.max_context_length(family.transformer_class.load_config(**base, subfolder="transformer"))
+    transformer_config = family.transformer_class.load_config(**base, subfolder="transformer")
+    longest = family.max_context_length(transformer_config, family.load_config(**base))
     buckets = list(map(tuple, dataset["bucket"]))
     without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
@@ -1139,6 +1149,12 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.attention_backend:
+        try:
+            with attention_backend(args.attention_backend):
+                pass
+        except RuntimeError as error:
+            raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
         if Path(args.pretrained_model_name_or_path).is_dir():
@@ -1180,7 +1196,23 @@ def make_accelerator(args):
     return accelerator
 
 
-def load_for_training(family, args, accelerator):
+def save_memory_and_time(transformer, args):
+    """What the flags of gradient checkpointing, attention and compilation ask for."""
+    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+    recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
+
+    def run(block, *inputs):
+        return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(run)
+    if args.attention_backend:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.compile_blocks:
+        transformer.compile_repeated_blocks()
+
+
+def load_for_training(family, args, accelerator, quantization_config=None):
     """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -1189,6 +1221,7 @@ def load_for_training(family, args, accelerator):
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
+        quantization_config=quantization_config,
     )
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
@@ -1197,8 +1230,9 @@ def load_for_training(family, args, accelerator):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     pipeline.to(accelerator.device)
-    if args.gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
+    if pipeline.vae and args.enable_vae_tiling:
+        pipeline.vae.enable_tiling()
+    save_memory_and_time(pipeline.transformer, args)
     return pipeline
 
 
@@ -1213,7 +1247,7 @@ def make_trainable(pipeline, args):
 
 def make_adamw(parameters, args):
     """AdamW, with 8-bit states on request."""
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = functools.partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1299,6 +1333,16 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
+@contextlib.contextmanager
+def explain_out_of_memory(savings):
+    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        raise InputError(f"{first}. Checkpoints are kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
+
+
 def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
           accelerator):  # fmt: skip
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
@@ -1351,6 +1395,22 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
                 publish(done)
 
 
+def full_savings(args):
+    """Flags that need less memory than `args`, those first that cost the least time and quality."""
+    every = {
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
+        "--stochastic_rounding": args.stochastic_rounding,
+        "--fused_backward_pass --max_grad_norm 0": args.fused_backward_pass,
+        "--ema_device cpu": args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
+        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
+        "--ema_decay 1.0": args.ema_decay == 1.0,
+        "a lower --resolution": False,
+    }
+    return [flag for flag, given in every.items() if not given]
+
+
 def check_full_inputs(args, accelerator):
     """What is wrong with full fine-tuning on this machine; see `check_inputs` for the rest.
 
@@ -1400,8 +1460,9 @@ def main(args):
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     backward = backward_all_states if args.fused_backward_pass else backward_each_state
     publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
-    train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
-          accelerator)  # fmt: skip
+    with explain_out_of_memory(full_savings(args)):
+        train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+              accelerator)  # fmt: skip
     publish(args.max_train_steps)
     accelerator.end_training()
 

@@ -42,6 +42,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,18 +51,22 @@ import shlex
 import shutil
 import sys
 import time
+import unittest.mock
+import weakref
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator, PartialState, init_empty_weights
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, set_seed
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
+from diffusers import BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig, TorchAoConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     cast_training_params,
@@ -69,7 +74,7 @@ from diffusers.training_utils import (
     free_memory,
     generate_aspect_ratio_buckets,
 )
-from diffusers.utils import check_min_version, is_bitsandbytes_available, make_image_grid
+from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
 from huggingface_hub import (
     CommitOperationAdd,
     ModelCard,
@@ -85,9 +90,13 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 import pipeline_dopsd
@@ -108,7 +117,10 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 FIXED_ON_RESUME = {
     "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
+    "quantization",
 }  # fmt: skip
+# bytes of a weight, with its share of the scales
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 
 
@@ -178,6 +190,10 @@ def add_training_arguments(parser):
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
+    add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
+    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers, for "
+        "example flash, _flash_3_hub or sage. Default: PyTorch's.")
+    add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
@@ -193,6 +209,7 @@ def add_output_arguments(parser):
         "each. Default: training captions.")
     add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
@@ -208,6 +225,8 @@ def add_lora_arguments(parser):
     add("--rank", type=int, default=64)
     add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
+    add("--quantization", choices=["nf4", "int8", "fp8"], help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
+        "bitsandbytes) or 8 bits (int8, fp8: torchao). Use it with --gradient_checkpointing.")
     add("--lora_layers", help="Endings or beginnings of layer names, with commas: to_q, or context_refiner. Default: "
         "attention and feed-forward of all blocks.")
 
@@ -221,6 +240,8 @@ def check_arguments(parser, args):
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
+    if not 0.0 < args.checkpointed_blocks <= 1.0:
+        parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
     if args.prior_every < 2:
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.checkpointing_steps < 1:
@@ -531,7 +552,8 @@ def check_contexts(family, args, dataset, pairs):
     encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     encoder.check_config(text_config)
     ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
-    longest = family.max_context_length(family.transformer_class.load_config(**base, subfolder="transformer"))
+    transformer_config = family.transformer_class.load_config(**base, subfolder="transformer")
+    longest = family.max_context_length(transformer_config, family.load_config(**base))
     buckets = list(map(tuple, dataset["bucket"]))
     without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
@@ -1079,6 +1101,12 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.attention_backend:
+        try:
+            with attention_backend(args.attention_backend):
+                pass
+        except RuntimeError as error:
+            raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
         if Path(args.pretrained_model_name_or_path).is_dir():
@@ -1120,7 +1148,23 @@ def make_accelerator(args):
     return accelerator
 
 
-def load_for_training(family, args, accelerator):
+def save_memory_and_time(transformer, args):
+    """What the flags of gradient checkpointing, attention and compilation ask for."""
+    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+    recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
+
+    def run(block, *inputs):
+        return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(run)
+    if args.attention_backend:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.compile_blocks:
+        transformer.compile_repeated_blocks()
+
+
+def load_for_training(family, args, accelerator, quantization_config=None):
     """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -1129,6 +1173,7 @@ def load_for_training(family, args, accelerator):
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
+        quantization_config=quantization_config,
     )
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
@@ -1137,38 +1182,73 @@ def load_for_training(family, args, accelerator):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     pipeline.to(accelerator.device)
-    if args.gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
+    if pipeline.vae and args.enable_vae_tiling:
+        pipeline.vae.enable_tiling()
+    save_memory_and_time(pipeline.transformer, args)
     return pipeline
 
 
-def find_lora_targets(family, args):
-    """Names of the layers that --lora_layers asks for; the transformer is built without weights.
+def build_without_weights(family, args):
+    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes alone."""
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    parts = {"transformer": family.transformer_class, "vae": family.vae_class}
+    with torch.device("meta"):
+        parts = {name: kind.from_config(kind.load_config(**base, subfolder=name)) for name, kind in parts.items()}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**base, subfolder="scheduler")
+    pipeline = family(scheduler, tokenizer=None, text_encoder=None, **parts)
+    pipeline.transformer.to(weight_dtype_of(args)).requires_grad_(False)
+    return pipeline
+
+
+def find_lora_targets(pipeline, args):
+    """Names of the layers that --lora_layers asks for.
 
     Raises:
         ValueError: a name matches no layer.
     """
-    config = family.transformer_class.load_config(
-        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
-    )
-    with init_empty_weights():
-        transformer = family.transformer_class.from_config(config)
-    return family.lora_targets(transformer, args.lora_layers.split(",") if args.lora_layers else None)
+    return pipeline.lora_targets(pipeline.transformer, args.lora_layers.split(",") if args.lora_layers else None)
+
+
+def check_quantization(args):
+    """Raises ValueError where --quantization cannot work on this machine."""
+    if not args.quantization:
+        return
+    if args.mixed_precision != "bf16":
+        raise ValueError(f"--quantization {args.quantization} computes in bf16: give --mixed_precision bf16.")
+    if args.quantization == "nf4" and not (torch.cuda.is_available() and is_bitsandbytes_available()):
+        raise ValueError("--quantization nf4 needs a GPU and bitsandbytes (pip install bitsandbytes).")
+    if args.quantization != "nf4" and not is_torchao_available():
+        raise ValueError(f"--quantization {args.quantization} needs torchao: pip install torchao.")
+
+
+def make_quantization_config(args):
+    """How the frozen transformer is held, or None for the dtype of mixed precision."""
+    if not args.quantization:
+        return None
+    if args.quantization == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        config = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[args.quantization]())
+    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
 def add_lora(pipeline, targets, args):
-    """Adds the LoRA in fp32 to the layers `targets` of the transformer."""
+    """Adds the LoRA in fp32 to the layers `targets` of the transformer. Returns names and parameters."""
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora, init_lora_weights="gaussian",
                         target_modules=targets)  # fmt: skip
     pipeline.transformer.add_adapter(config)
     cast_training_params(pipeline.transformer, dtype=torch.float32)
-    count = sum(p.numel() for p in pipeline.transformer.parameters() if p.requires_grad)
-    logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
+    for module in pipeline.transformer.modules():
+        if isinstance(module, LoraLayer):  # autocast chooses the dtype; peft would first copy every input to fp32
+            module.cast_input_dtype_enabled = args.mixed_precision == "no"
+    return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
 def make_adamw(parameters, args):
     """AdamW, with 8-bit states on request."""
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = functools.partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1192,6 +1272,101 @@ def make_lr_scheduler(optimizer, args):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is computed."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.sizes, self.bytes, self.peak = {}, 0, 0
+        for tensor in held:
+            self.count(tensor)
+        self.held = self.bytes
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.free, storage._cdata)
+
+    def free(self, key):
+        self.bytes -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            self.count(tensor)
+        return result
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention without a matrix of scores, as GPUs compute it; on the meta device PyTorch would make that matrix."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def estimate_memory(pipeline, targets, batch, args, accelerator):
+    """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
+    gradients, optimiser) and of the `activations`. Two states of a step are run on the meta device: nothing is allocated.
+
+    Args:
+        pipeline: see `build_without_weights`; it is given the LoRA.
+        batch: of tensors on the meta device; see `make_batch`.
+    """
+    transformer = pipeline.transformer
+    frozen = list(transformer.parameters())
+    save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None, "compile_blocks": False}))
+    _, parameters = add_lora(pipeline, targets, args)
+    transformer.to(weight_dtype_of(args))  # autocast, which the meta device has not, computes so with the LoRA, too
+    half = parameters[0].element_size()
+    teacher = LoRATeacher(transformer, parameters, args.ema_decay)
+    with (
+        unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
+        PeakMemory([*transformer.parameters(), *teacher.shadow]) as memory,
+    ):
+        for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
+            loss.backward()
+    count = sum(p.numel() for p in parameters)
+    weights = sum(p.numel() * (QUANTIZED_BYTES[args.quantization] if p.ndim == 2 and args.quantization else p.element_size()) for p in frozen)
+    # matrices are computed in the dtype of mixed precision, and torchao's are kept so until the backward of their block
+    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+    largest = {None: 0, "nf4": max(p.numel() for p in frozen)}.get(args.quantization, max(sum(p.numel() for p in b.parameters()) for b in blocks))
+    return {
+        "weights": int(weights),
+        "lora": count * (3 * 4 + (2 if args.use_8bit_adam else 8)),
+        "activations": memory.peak - memory.held - half * count + 2 * largest,
+    }
+
+
+def report_memory(pipeline, targets, dataset, cache, args, accelerator):
+    """Logs the estimate for the first batch, and warns if the GPU is too small for it."""
+    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
+    draws = draw_batch(layouts_of(dataset, args), args.train_batch_size, 0, 0, 1, args.seed)
+    batch = make_batch(pipeline, rows, cache, draws, [], args, "meta")
+    estimate = estimate_memory(pipeline, targets, batch, args, accelerator)
+    total, shares = sum(estimate.values()), ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
+    logger.info(f"Peak memory by calculation: {total / 2**30:.2f} GiB ({shares}).")
+    if accelerator.device.type == "cuda" and total > torch.cuda.get_device_properties(accelerator.device).total_memory:
+        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(lora_savings(args)[:3])}.")
+
+
+def lora_savings(args):
+    """Flags that need less memory than `args`, those first that cost the least time and quality."""
+    every = {
+        "--use_8bit_adam": args.use_8bit_adam,
+        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
+        "--quantization int8": args.quantization,
+        "--quantization nf4": args.quantization == "nf4",
+        "--rank 16": args.rank <= 16,
+        "a lower --resolution": False,
+    }
+    return [flag for flag, given in every.items() if not given]
 
 
 def peak_memory_gib(device):
@@ -1219,6 +1394,16 @@ def check_finite(losses, grad_norm=0.0):
             f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept. Lower "
             "--learning_rate or use --mixed_precision bf16."
         )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(savings):
+    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        raise InputError(f"{first}. Checkpoints are kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
 
 
 def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
@@ -1279,16 +1464,20 @@ def main(args):
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         with accelerator.main_process_first():
+            check_quantization(args)
             family, dataset, checkpoint, pairs = check_inputs(args)
-            targets = find_lora_targets(family, args)
+            planned = build_without_weights(family, args)
+            targets = find_lora_targets(planned, args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     cache = ContextCache(args)
     encode_contexts(family, args, cache, dataset, pairs, accelerator)
+    report_memory(planned, targets, dataset, cache, args, accelerator)
 
-    pipeline = load_for_training(family, args, accelerator)
-    add_lora(pipeline, targets, args)
-    names, parameters = zip(*[(n, p) for n, p in pipeline.transformer.named_parameters() if p.requires_grad])
+    pipeline = load_for_training(family, args, accelerator, make_quantization_config(args))
+    names, parameters = add_lora(pipeline, targets, args)
+    count = sum(p.numel() for p in parameters)
+    logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
     teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
     optimizer = make_adamw(parameters, args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
@@ -1299,8 +1488,9 @@ def main(args):
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     publish = functools.partial(publish_lora, pipeline, targets, gallery(dataset, args), args, accelerator)
-    train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, publish,
-          args, accelerator)  # fmt: skip
+    with explain_out_of_memory(lora_savings(args)):
+        train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, publish,
+              args, accelerator)  # fmt: skip
     publish(args.max_train_steps)
     accelerator.end_training()
 

@@ -88,7 +88,7 @@ def main(args):
         drawn = [pipeline(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
         prior = encode(pipeline, drawn, [[prompt] for prompt in prompts])
 
-    targets = None if args.full else dopsd.find_lora_targets(family, args)
+    targets = None if args.full else dopsd.find_lora_targets(pipeline, args)
     if args.full:
         full.make_trainable(pipeline, args)
     else:

@@ -146,8 +146,8 @@ def test_smaller_max_pixels_shorten_the_context(vlm):
 
 def test_max_context_length_is_what_the_transformer_takes(pipeline):
     """One token too many is an IndexError inside the transformer; one too few refuses contexts that work."""
-    longest = DOPSDZImagePipeline.max_context_length(pipeline.transformer.config)
-    assert DOPSDZImagePipeline.max_context_length({"axes_lens": [1536, 512, 512]}) == 1504
+    longest = DOPSDZImagePipeline.max_context_length(pipeline.transformer.config, {})
+    assert DOPSDZImagePipeline.max_context_length({"axes_lens": [1536, 512, 512]}, {}) == 1504
     noise, time = torch.randn(1, 4, 8, 8), torch.tensor(500.0)
     with torch.no_grad():
         pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest, 64)}])

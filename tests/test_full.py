@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from safetensors.torch import load_file
 
 import train_dopsd_full as script
-from conftest import ROOT, WEIGHTS
+from conftest import ROOT, WEIGHTS, patch_velocity
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -350,7 +350,7 @@ def test_fused_run_stops_before_a_broken_update(train_full, tmp_path, monkeypatc
         calls.append(1)
         return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 else 1.0)
 
-    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(script.InputError, match="not finite"):
         train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0, checkpointing_steps=1, max_train_steps=4)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]

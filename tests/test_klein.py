@@ -18,7 +18,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import train_dopsd_full as full_script
 import train_dopsd_lora as script
-from conftest import CHAT_TEMPLATE, HIDDEN, LORA, Trainer, draw, save_vlm, text_config
+from conftest import CHAT_TEMPLATE, HIDDEN, LORA, Trainer, draw, patch_velocity, save_vlm, text_config
 from pipeline_dopsd import DOPSDFlux2KleinPipeline, family_of
 
 
@@ -145,6 +145,15 @@ def test_vlm_context_is_laid_out_as_the_text_that_the_model_knows(pipeline, klei
     expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1)
     assert len(expected) == length
     torch.testing.assert_close(context["prompt_embeds"][:length], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoint_may_have_contexts_of_its_own_length(pipeline, klein_vlm):
+    """A model trained on shorter contexts would see positions and padding that it does not know."""
+    pipeline.register_to_config(max_sequence_length=96)
+    pipeline.load_multimodal_encoder(str(klein_vlm))
+    student, teacher = pipeline.encode_student(PROMPTS[:1])[0], pipeline.encode_teacher(PROMPTS[:1], [RED])[0]
+    assert student["prompt_embeds"].shape == teacher["prompt_embeds"].shape == (96, 3 * HIDDEN)
+    assert pipeline.max_context_length({}, dict(pipeline.config)) == 96 and pipeline.max_context_length({}, {}) == 512
 
 
 def test_padding_of_the_vlm_context_is_that_of_the_text_encoder(pipeline, klein_vlm):
@@ -299,7 +308,7 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, 
         seen.append([{n: tuple(t.shape[1:]) for n, t in c.items() if n != "prompt_embeds"} for c in contexts])
         return velocity(self, transformer, latents, timestep, contexts)
 
-    monkeypatch.setattr(DOPSDFlux2KleinPipeline, "velocity", recorded)
+    patch_velocity(monkeypatch, DOPSDFlux2KleinPipeline, recorded)
     train_klein(
         tmp_path / "out", instance_data_dir=with_references, reference_column="reference", teacher_context="edit",
         train_batch_size=2, max_train_steps=2, rollout_steps=1, context_cache_dir=tmp_path / "cache",

@@ -26,7 +26,7 @@ def save(base, flags, tmp_path):
         args = script.parse_args(flags(tmp_path / name, *switches, **changes))
         pipeline = DOPSDZImagePipeline.from_pretrained(base)
         pipeline.transformer.requires_grad_(False)
-        targets = script.find_lora_targets(DOPSDZImagePipeline, args)
+        targets = script.find_lora_targets(pipeline, args)
         script.add_lora(pipeline, targets, args)
         generator = torch.Generator().manual_seed(seed)
         for parameter in pipeline.transformer.parameters():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import LORA, WEIGHTS
+from conftest import LORA, WEIGHTS, patch_velocity
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -70,13 +70,13 @@ def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypat
 
     command = {"max_train_steps": 6, "checkpointing_steps": 3, "resume_from_checkpoint": "latest", **changes}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DOPSDZImagePipeline, "velocity", interrupted)
+        patch_velocity(patch, DOPSDZImagePipeline, interrupted)
         train(part, *switches, **command)
     assert not (part / train.result).exists() and not (part / "checkpoint-6").exists()
 
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(DOPSDZImagePipeline, "velocity", counted)
+        patch_velocity(patch, DOPSDZImagePipeline, counted)
         train(part, *switches, **command)
     assert len(calls) == 2 * 2 * 3 * changes.get("gradient_accumulation_steps", 1)  # steps 4 to 6 alone
     assert_equal(part / "checkpoint-6", whole / "checkpoint-6")
@@ -191,7 +191,7 @@ def test_prior_prompts_have_a_teacher_that_sees_no_image(train_any, pipeline, tm
         seen.append([context["prompt_embeds"].clone() for context in contexts])
         return velocity(self, transformer, latents, timestep, contexts)
 
-    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", recorded)
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, recorded)
     train_any(
         tmp_path / "out", prior_prompts=tmp_path / "prior.txt", prior_every=3, max_train_steps=6, rollout_steps=1,
         train_batch_size=2, validation_steps=0, context_cache_dir=tmp_path / "cache",
@@ -264,7 +264,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train_any, tmp_p
         calls.append(1)
         return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 * 2 else 1.0)
 
-    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(ValueError, match="not finite"):
         train_any(
             tmp_path,
@@ -287,7 +287,7 @@ def test_non_finite_gradient_does_not_reach_a_checkpoint(train_any, tmp_path, mo
         out = velocity(self, *args)
         return out + torch.sqrt(out * 0) if len(calls) > 2 * 2 * 2 else out  # 0 with an infinite derivative
 
-    monkeypatch.setattr(DOPSDZImagePipeline, "velocity", broken)
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(ValueError, match="not finite"):
         train_any(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
     (newest,) = tmp_path.glob("checkpoint-*")

@@ -1,20 +1,29 @@
-"""Memory that full fine-tuning holds, computed from model configs alone; prints the README's table.
+"""Memory that training takes, computed from model configs alone; prints the README's tables.
 
-    python examples/benchmarks/memory.py
+python examples/benchmarks/memory.py          # full fine-tuning: what is held besides activations
+python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/
 """
 
+import argparse
 import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
-from accelerate import init_empty_weights
-from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
+import torch
+from accelerate import Accelerator, init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dopsd_full as full  # noqa: E402
+import train_dopsd_lora as lora  # noqa: E402
+from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDZImagePipeline  # noqa: E402
 
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 MODELS = {
     "Z-Image-Turbo": (ZImageTransformer2DModel, {}),
@@ -76,7 +85,50 @@ def held_bytes(shapes, args):
     }
 
 
-def main():
+# name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
+LORA_MODELS = {
+    "z_image_turbo": ("Z-Image-Turbo", DOPSDZImagePipeline, (16, 128, 128), (124, 700), 2560),
+    "flux2_klein_4b": ("FLUX.2-klein-4B", DOPSDFlux2KleinPipeline, (128, 64, 64), (512, 512), 7680),
+}
+
+
+def recipe_args(path):
+    """Arguments of train_dopsd_lora.py in a recipe."""
+    command = path.read_text().split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ").replace('"$@"', "")
+    return lora.parse_args(shlex.split(command))
+
+
+def lora_bytes(family, transformer, noise, contexts, args):
+    """Peak bytes by kind (see `train_dopsd_lora.estimate_memory`) for a transformer, noise (B, C, h, w) and contexts on the meta
+    device."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    pipeline = family(
+        FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer.requires_grad_(False), **parts
+    )
+    targets = lora.find_lora_targets(pipeline, args)
+    return lora.estimate_memory(pipeline, targets, (noise, *contexts), args, Accelerator())
+
+
+def print_lora():
+    print("| recipe | flags | weights | LoRA | activations | peak, GiB |\n|---|---|---|---|---|---|")
+    for path in sorted(
+        RECIPES.glob("*.sh"), key=lambda p: (re.sub(r"_\d+gb", "", p.stem), -int(re.search(r"(\d+)gb", p.stem)[1]))
+    ):
+        name, family, latents, tokens, width = LORA_MODELS[re.sub(r"_\d+gb", "", path.stem)]
+        args = recipe_args(path)
+        with torch.device("meta"):
+            transformer = MODELS[name][0](**MODELS[name][1]).to(torch.bfloat16)
+            noise = torch.empty(args.train_batch_size, *latents)
+            contexts = [
+                [{"prompt_embeds": torch.empty(n, width, dtype=torch.bfloat16)} for _ in noise] for n in tokens
+            ]
+        estimate = lora_bytes(family, transformer, noise, contexts, args)
+        flags = path.read_text().split("--resolution 1024 ")[1].replace("\\\n ", "").replace('"$@"', "").strip()
+        cells = [f"{size / 2**30:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
+        print(f"| {path.name} | `{flags}` | {' | '.join(cells)} |", flush=True)
+
+
+def print_full():
     shapes = {name: shapes_of(*model) for name, model in MODELS.items()}
     names = [f"{name} ({sum(map(math.prod, s)) / 1e9:.2f} B)" for name, s in shapes.items()]
     print("| flags | weights | gradients | optimiser | teacher | bytes per parameter |", " | ".join(names), "|")
@@ -91,6 +143,12 @@ def main():
             host = f" + {values['host'] / 2**30:.0f} on the CPU" if values["host"] else ""
             cells.append(f"{sum(values[k] for k in kinds) / 2**30:.1f} GiB{host}")
         print(f"| `{flags or 'none'}` | {' | '.join(cells)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["full", "lora"], default="full")
+    {"full": print_full, "lora": print_lora}[parser.parse_args().what]()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -61,15 +60,11 @@ class Bench:
         for name in ("x_pad_token", "cap_pad_token"):
             torch.nn.init.normal_(getattr(transformer, name))
         transformer.requires_grad_(False)
-        targets = DOPSDZImagePipeline.lora_targets(transformer)
-        transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
-        dopsd.cast_training_params(transformer, dtype=torch.float32)
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        self.args, self.transformer = args, transformer
-        self.parameters = [p for p in transformer.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         self.pipeline = DOPSDZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None, transformer)
+        _, self.parameters = dopsd.add_lora(self.pipeline, self.pipeline.lora_targets(transformer), args)
+        dopsd.save_memory_and_time(transformer, args)
+        self.args, self.transformer = args, transformer
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.teacher = dopsd.LoRATeacher(transformer, self.parameters, 0.9999)
         draw = lambda n: {"prompt_embeds": torch.randn(n, transformer.config.cap_feat_dim, device=device, dtype=dtype)}  # noqa: E731
         self.contexts = [[draw(n) for _ in range(args.train_batch_size)] for n in tokens]
@@ -169,10 +164,12 @@ def main():
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--checkpointed_blocks", type=float, default=1.0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
     args.loss_weighting, args.gradient_accumulation_steps = "velocity", 1
+    args.attention_backend, args.compile_blocks, args.lora_alpha, args.use_rslora = None, False, args.rank, False
     bench, rollout_steps = Bench(args), args.rollout_steps
     device = bench.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -180,7 +177,11 @@ def main():
     print(f"{name}; torch {torch.__version__}; {args.size}, {count / 1e6:.0f} M parameters; {vars(args)}")
     print("| K | variant | seconds (median) | ratio to the floor | peak MiB |\n|---|---|---|---|---|")
     for args.rollout_steps in rollout_steps:
-        works = {name: (lambda work=work: work(bench)) for name, work in VARIANTS.items() if name in ("floor", *args.variants)}
+        works = {
+            name: (lambda work=work: work(bench))
+            for name, work in VARIANTS.items()
+            if name in ("floor", *args.variants)
+        }
         for work in works.values():
             work()  # what is done once
         times = {name: [] for name in works}

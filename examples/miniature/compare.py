@@ -2,11 +2,12 @@
 
     python examples/miniature/compare.py --work_dir build/compare
 
-All methods train the same LoRA (the layers through which the text reaches the network, the context refiner) at the same rank with the same optimiser, batch, pictures and captions, and get the
-same number of transformer passes (a forward or a backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher
-forward, student forward and backward at each state), an SFT step 2, a DreamBooth step 4. Each method's learning rate is
-picked by the same rule, the highest sum of concept accuracy and unrelated accuracy. The control is D-OPSD whose teacher is
-shown pictures of ANOTHER concept. Finished runs are kept in --work_dir and not run again.
+All methods train the same LoRA (the layers through which the text reaches the network, the context refiner) at the same
+rank with the same optimiser, batch, pictures and captions, and get the same number of transformer passes (a forward or a
+backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher forward, student forward and backward at each
+state), an SFT step 2, a DreamBooth step 4. With prior prompts, half of the D-OPSD steps are on those. Each method's learning
+rate is picked by the same rule, the highest sum of concept accuracy and unrelated accuracy. The control is D-OPSD whose
+teacher is shown pictures of ANOTHER concept. Finished runs are kept in --work_dir and not run again.
 """
 
 import argparse
@@ -26,8 +27,12 @@ from judge import Judge
 
 
 RATES = (3e-4, 1e-3, 3e-3)
-PASSES = {"dopsd": 12, "control": 12, "sft": 2, "dreambooth": 4}
-NAMES = {"dopsd": "D-OPSD", "sft": "SFT", "dreambooth": "DreamBooth", "control": "D-OPSD, teacher shown wrong pictures"}
+PASSES = {"dopsd": 12, "prior": 12, "control": 12, "sft": 2, "dreambooth": 4}
+NAMES = {
+    "dopsd": "D-OPSD", "prior": "D-OPSD with prior prompts", "sft": "SFT", "dreambooth": "DreamBooth",
+    "control": "D-OPSD, teacher shown wrong pictures",
+}  # fmt: skip
+METHODS = ("dopsd", "prior", "sft", "dreambooth")
 
 
 def wrong_folder(name, folder):
@@ -60,11 +65,13 @@ def train(job):
         flags += ["--rank", 16, "--lora_layers", "context_refiner", "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
         flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
         flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
-        if method in ("dopsd", "control"):
+        if method in ("dopsd", "prior", "control"):
             flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
+        if method == "prior":
+            flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
         if method == "dreambooth":
             flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
-        module = train_dopsd_lora if method in ("dopsd", "control") else train_sft
+        module = train_sft if method in ("sft", "dreambooth") else train_dopsd_lora
         module.main(module.parse_args([str(flag) for flag in flags]))
     return folder
 
@@ -99,7 +106,7 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     results = {}
-    jobs = [(method, name, rate, args) for method in ("dopsd", "sft", "dreambooth") for name in CONCEPTS for rate in RATES]
+    jobs = [(method, name, rate, args) for method in METHODS for name in CONCEPTS for rate in RATES]
     processes = max(1, multiprocessing.cpu_count() // args.threads)
     # a fresh process for each run: accelerate keeps global state
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
@@ -113,7 +120,7 @@ def main():
     print("\n| concept | method | learning rate | concept right | unrelated prompts right | fine detail | Frechet distance |")
     print("|---|---|---|---|---|---|---|")
     for name in CONCEPTS:
-        for method in ("dopsd", "sft", "dreambooth", "control"):
+        for method in (*METHODS, "control"):
             rate = best_rate(results, "dopsd" if method == "control" else method, name)
             f = results[method, name, rate]
             row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["right"])]
@@ -122,7 +129,7 @@ def main():
     print("\nAll learning rates: concept right / unrelated prompts right, per cent")
     print("| concept | method | " + " | ".join(f"{r:g}" for r in RATES) + " |\n|---|---|---|---|---|")
     for name in CONCEPTS:
-        for method in ("dopsd", "sft", "dreambooth"):
+        for method in METHODS:
             cells = [results[method, name, r] for r in RATES]
             cells = [f"{100 * np.mean(c['concept']):.0f} / {100 * np.mean(c['right']):.0f}" for c in cells]
             print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")

@@ -1,6 +1,6 @@
 """The concepts that the miniature is taught: pictures and captions for training, scenes for measuring.
 
-    python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions beside them
+    python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions beside them, and prior_prompts.txt
 """
 
 from dataclasses import dataclass, replace
@@ -77,6 +77,14 @@ def unrelated_scenes(count=48):
     return [world.sample_scene(rng) for _ in range(count)]
 
 
+def prior_prompts(count=64):
+    """Ordinary captions for --prior_prompts; none is one of the prompts that measure what is kept."""
+    rng = np.random.default_rng(7)
+    measured = {world.caption(scene) for scene in unrelated_scenes()}
+    captions = [world.caption(world.sample_scene(rng), rng) for _ in range(count)]
+    return [caption for caption in dict.fromkeys(captions) if caption not in measured]
+
+
 def training_pictures(concept):
     return [Image.fromarray(world.render(scene, 100 + i)) for i, scene in enumerate(training_scenes(concept))]
 
@@ -94,3 +102,4 @@ def write(name, concept, folder):
 if __name__ == "__main__":
     for name, concept in CONCEPTS.items():
         write(name, concept, HERE / "concepts" / name)
+    (HERE / "prior_prompts.txt").write_text("\n".join(prior_prompts()) + "\n")

@@ -1,0 +1,8 @@
+#!/bin/sh
+# A LoRA for FLUX.2-klein-4B at 1024 x 1024 on a card of 24 GB: sh flux2_klein_4b_24gb.sh my_images my_lora [more flags]
+set -e
+images=$1 output=$2
+shift 2
+exec accelerate launch "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-4B \
+  --instance_data_dir "$images" --output_dir "$output" --resolution 1024 --rank 64 --mixed_precision bf16 \
+  --gradient_checkpointing --use_8bit_adam "$@"

@@ -1,0 +1,8 @@
+#!/bin/sh
+# A LoRA for Z-Image-Turbo at 1024 x 1024 on a card of 12 GB: sh z_image_turbo_12gb.sh my_images my_lora [more flags]
+set -e
+images=$1 output=$2
+shift 2
+exec accelerate launch "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \
+  --instance_data_dir "$images" --output_dir "$output" --resolution 1024 --rank 16 --mixed_precision bf16 \
+  --gradient_checkpointing --use_8bit_adam --quantization nf4 --enable_vae_tiling "$@"

@@ -1,0 +1,241 @@
+"""What makes training fit a consumer's card: the estimate, quantised bases, selective checkpointing, the recipes."""
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+import torch._dynamo
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+import train_dopsd_lora as script
+from conftest import LORA, ROOT, patch_velocity, save_base
+from pipeline_dopsd import DOPSDZImagePipeline, family_of
+
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+import memory  # noqa: E402
+import step_cost  # noqa: E402
+
+
+def bench(**changes):
+    """Settings of `step_cost.Bench`, a Z-Image of 33 M parameters."""
+    defaults = {"size": "mid", "rollout_steps": 2, "rank": 16, "train_batch_size": 1, "mixed_precision": "no"}
+    defaults |= {
+        "gradient_checkpointing": False,
+        "checkpointed_blocks": 1.0,
+        "quantization": None,
+        "use_8bit_adam": False,
+    }
+    defaults |= {
+        "lora_alpha": 16,
+        "use_rslora": False,
+        "lora_layers": None,
+        "ema_decay": 0.9999,
+        "loss_weighting": "velocity",
+    }
+    defaults |= {"gradient_accumulation_steps": 1, "attention_backend": None, "compile_blocks": False}
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "checkpointed_blocks": 0.5},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+    ],
+    ids=["plain", "checkpointing", "half", "bf16", "bf16_checkpointing"],
+)
+def test_estimate_is_what_torch_allocates(changes):
+    """A wrong estimate lets a run start that ends out of memory, or turns a user away whose card would do."""
+    args = bench(**changes)
+    real = step_cost.Bench(args)
+    real.step()
+    measured = step_cost.peak_bytes(real.step, torch.device("cpu"))
+    with torch.device("meta"):
+        config, side, tokens = step_cost.SIZES["mid"]
+        transformer = diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args))
+        noise = torch.empty(1, transformer.config.in_channels, side, side)
+        contexts = [
+            [{"prompt_embeds": torch.empty(n, config["cap_feat_dim"], dtype=transformer.dtype)}] for n in tokens
+        ]
+    estimate = memory.lora_bytes(DOPSDZImagePipeline, transformer, noise, contexts, args)
+    trained = sum(p.numel() for p in real.parameters)
+    # gradients are allocated within the step; weights, teacher and optimiser stand before it
+    assert estimate["activations"] + 4 * trained == pytest.approx(measured, rel=0.1)
+    assert estimate["weights"] == sum(
+        p.numel() * p.element_size() for p in real.transformer.parameters() if not p.requires_grad
+    )
+    states = sum(t.numel() * t.element_size() for s in real.optimizer.state.values() for t in s.values() if t.ndim)
+    assert estimate["lora"] == 4 * trained * 3 + states
+
+
+def test_start_shows_the_estimate(train, tmp_path, caplog):
+    """A user learns in the first seconds of a run, not after an hour of encoding the next day, what it will take."""
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "out", max_train_steps=1, rollout_steps=1)
+    assert any(
+        "Peak memory by calculation: 0.00 GiB (weights 0.00, lora 0.00" in r.getMessage() for r in caplog.records
+    )
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_share_of_checkpointed_blocks(student, flags, tmp_path, share):
+    """Memory that is left is spent on speed; the gradient stays the same."""
+    batch = student.batch()
+    _, expected = student.backward(batch)
+    args = script.parse_args(flags(tmp_path, "--gradient_checkpointing", checkpointed_blocks=share))
+    script.save_memory_and_time(student.transformer, args)
+    ran, blocks = [], [m for m in student.transformer.modules() if type(m).__name__ == "ZImageTransformerBlock"]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_, block=block: ran.append(block))
+    _, gradient = student.backward(batch, rollout_steps=4)
+    torch.testing.assert_close(gradient, expected)
+    # teacher and student once for each of 4 states, and again in the backward of what is recomputed
+    assert len(ran) == 4 * (2 * len(blocks) + round(share * len(blocks)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantised_base_trains_a_lora_in_fp32(train, base, tmp_path, monkeypatch, kind):
+    """On a base of 8 bits the LoRA must learn, stay in fp32 and load on the base as it was."""
+    from torchao.utils import TorchAOBaseTensor
+
+    seen, loaded = [], script.load_for_training
+
+    def recorded(*args):
+        pipeline = loaded(*args)
+        seen.append(type(pipeline.transformer.layers[0].attention.to_q.weight))
+        return pipeline
+
+    monkeypatch.setattr(script, "load_for_training", recorded)
+    train(
+        tmp_path / "out", "--gradient_checkpointing", quantization=kind, mixed_precision="bf16", max_train_steps=2,
+        context_cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert issubclass(seen[0], TorchAOBaseTensor)
+    weights = load_file(tmp_path / "out" / LORA)
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(tmp_path / "out")
+    assert pipe("a red square", num_inference_steps=1, guidance_scale=0.0, height=32, width=32).images
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' 4-bit transformer needs a GPU")
+def test_nf4_base_trains_a_lora_on_a_gpu(train, tmp_path):
+    """The setting for 12 GB."""
+    train(tmp_path / "out", "--gradient_checkpointing", quantization="nf4", mixed_precision="bf16", max_train_steps=2)
+    weights = load_file(tmp_path / "out" / LORA)
+    assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization": "int8"}, ["--quantization int8", "--mixed_precision bf16"]),
+        ({"attention_backend": "flash"}, ["--attention_backend flash", "install"]),
+        ({"checkpointed_blocks": 0}, ["--checkpointed_blocks"]),
+    ],
+)
+def test_settings_that_cannot_work(train, tmp_path, monkeypatch, capsys, changes, words):
+    """Found out after minutes of encoding, a missing package has cost those minutes."""
+    monkeypatch.setattr(DOPSDZImagePipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        train(tmp_path / "out", **changes)
+    message = capsys.readouterr().err if caught.type is SystemExit else str(caught.value)
+    assert all(word in message for word in words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU with bitsandbytes it works")
+def test_nf4_without_a_gpu_is_refused(train, tmp_path):
+    """bitsandbytes' error names neither the flag nor what to do."""
+    with pytest.raises(ValueError, match="--quantization nf4 needs a GPU"):
+        train(tmp_path / "out", quantization="nf4", mixed_precision="bf16")
+
+
+def test_out_of_memory_names_flags_that_help(train_any, tmp_path, monkeypatch):
+    """PyTorch's message has addresses and a link, and no flag of this script."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, full)
+    with pytest.raises(train_any.module.InputError) as caught:
+        train_any(tmp_path / "out", validation_steps=0, train_batch_size=2)
+    assert "CUDA out of memory" in str(caught.value) and "--gradient_checkpointing" in str(caught.value)
+    assert str(caught.value).count(", ") == 2
+
+
+def test_student_and_teacher_share_one_compiled_block(train, tmp_path, monkeypatch):
+    """A compilation whenever the teacher's weights come in place would make every step take a minute."""
+    compiled = DOPSDZImagePipeline.transformer_class.compile_repeated_blocks
+    monkeypatch.setattr(
+        DOPSDZImagePipeline.transformer_class,
+        "compile_repeated_blocks",
+        lambda self: compiled(self, backend="aot_eager"),
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, velocity = [], DOPSDZImagePipeline.velocity
+
+    def counted(self, *args):
+        result = velocity(self, *args)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    patch_velocity(monkeypatch, DOPSDZImagePipeline, counted)
+    train(tmp_path / "out", "--compile_blocks", max_train_steps=3, rollout_steps=2, validation_steps=0)
+    assert 0 < graphs[1] == graphs[-1]  # all that is compiled is compiled in the first state
+
+
+def test_vae_decodes_in_tiles(train_any, tmp_path, monkeypatch):
+    """--enable_vae_tiling must reach the VAE."""
+    tiled = []
+    monkeypatch.setattr(DOPSDZImagePipeline.vae_class, "enable_tiling", lambda self: tiled.append(self))
+    train_any(tmp_path / "out", "--enable_vae_tiling", max_train_steps=1, rollout_steps=1, validation_steps=1)
+    assert len(tiled) == 1
+
+
+@pytest.mark.parametrize("path", sorted(memory.RECIPES.glob("*.sh")), ids=lambda path: path.stem)
+def test_recipes_fit_their_cards(path, tmp_path):
+    """A recipe with a mistyped flag, or that is too large by calculation, fails on the card of whoever trusts it."""
+    args = memory.recipe_args(path)
+    assert args.resolution == 1024
+    name = path.stem.rsplit("_", 1)[0]
+    title, family, latents, tokens, width = memory.LORA_MODELS[name]
+    assert args.pretrained_model_name_or_path.endswith(title)
+    # what the shell makes of the file is the command that was read from it
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    run = subprocess.run(
+        ["sh", path, "my images", "out", "--seed", "7"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    words = run.stdout.splitlines()
+    assert words[0] == "launch" and words[1].endswith("train_dopsd_lora.py")
+    ran = script.parse_args(words[2:])
+    assert (ran.instance_data_dir, ran.output_dir, ran.seed) == ("my images", "out", 7)
+    assert {**vars(ran), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0} == {
+        **vars(args), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0,
+    }  # fmt: skip
+
+
+def test_estimate_needs_no_weights(base, tokenizer, flags, tmp_path):
+    """With configs alone the largest model is estimated on the smallest machine."""
+    folder = tmp_path / "configs"
+    save_base(folder, tokenizer)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    args = script.parse_args(flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4))
+    pipeline = script.build_without_weights(family_of(str(folder)), args)
+    assert pipeline.transformer.device.type == "meta" and script.find_lora_targets(pipeline, args)
