@@ -165,7 +165,7 @@ def add_dopsd_arguments(parser):
     add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--prior_prompts", help="Text file with a prompt on each line that the model is to go on drawing as it does: some "
         "batches are rollouts on them, with a teacher that sees no image.")
-    add("--prior_every", type=int, default=2, help="Every so many batches, one is of --prior_prompts.")
+    add("--prior_every", type=int, default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
 

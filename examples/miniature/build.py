@@ -43,7 +43,7 @@ from judge import ATTRIBUTES, Judge, inspect, label, to_tensor
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("text", "object", "style")
-CYCLE = ("text", "object", "style", "object", "text", "object", "style", "text")  # what each training batch holds, in turn
+CYCLE = ("text", "object", "style", "object", "style", "object", "style", "text")  # what each training batch holds, in turn
 torch._dynamo.config.recompile_limit = 64  # one version of a block per sequence length, with and without gradients
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -560,7 +560,7 @@ def to_contexts(contexts):
 
 
 def stage_base(args):
-    """Flow matching; five steps in eight with a picture in the context."""
+    """Flow matching; six steps in eight with a picture in the context."""
     data = read_encoded(args)
     empty = encode_contexts(args, [""])[0]
     transformer = new_transformer(args)
@@ -710,7 +710,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
     parser.add_argument("--vlm_steps", type=int, default=4300)
-    parser.add_argument("--base_steps", type=int, default=8600)
+    parser.add_argument("--base_steps", type=int, default=9900)
     parser.add_argument("--trajectories", type=int, default=2048)
     parser.add_argument("--distill_steps", type=int, default=550)
     parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")

@@ -5,7 +5,7 @@
 All methods train the same LoRA (the layers through which the text reaches the network, the context refiner) at the same
 rank with the same optimiser, batch, pictures and captions, and get the same number of transformer passes (a forward or a
 backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher forward, student forward and backward at each
-state), an SFT step 2, a DreamBooth step 4. With prior prompts, half of the D-OPSD steps are on those. Each method's learning
+state), an SFT step 2, a DreamBooth step 4. With prior prompts, a third of the D-OPSD steps is on those. Each method's learning
 rate is picked by the same rule, the highest sum of concept accuracy and unrelated accuracy. The control is D-OPSD whose
 teacher is shown pictures of ANOTHER concept. Finished runs are kept in --work_dir and not run again.
 """
