@@ -14,7 +14,14 @@ MINIATURE = ROOT / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import world  # noqa: E402
-from concepts import CONCEPTS, held_out_scenes, training_pictures, training_scenes, unrelated_scenes  # noqa: E402
+from concepts import (  # noqa: E402
+    CONCEPTS,
+    held_out_scenes,
+    prior_prompts,
+    training_pictures,
+    training_scenes,
+    unrelated_scenes,
+)
 from evaluate import UNRELATED, captions, load_pipeline, sample, teacher_contexts  # noqa: E402
 from judge import Judge, accuracy  # noqa: E402
 
@@ -59,6 +66,13 @@ def test_committed_pictures_are_those_of_the_world(name):
         assert (folder / f"{name}_{i}.txt").read_text().splitlines()[0] == CONCEPTS[name].caption(
             training_scenes(CONCEPTS[name])[i]
         )
+
+
+def test_prior_prompts_are_not_those_that_measure_what_is_kept():
+    """Kept by practice on the very prompts that are measured, the rest could be lost and nobody would see it."""
+    prompts = (MINIATURE / "prior_prompts.txt").read_text().splitlines()
+    assert prompts == prior_prompts() and len(prompts) > 50
+    assert not set(prompts) & set(captions(unrelated_scenes()))
 
 
 def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge):

@@ -126,7 +126,7 @@ def main():
             row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["right"])]
             row += [f"{f['detail']:.2f}", f"{f['frechet']:.0f}"]
             print(f"| {' | '.join(row)} |")
-    print("\nAll learning rates: concept right / unrelated prompts right, per cent")
+    print("\nAll learning rates: concept right / unrelated prompts right, per cent\n")
     print("| concept | method | " + " | ".join(f"{r:g}" for r in RATES) + " |\n|---|---|---|---|---|")
     for name in CONCEPTS:
         for method in METHODS:

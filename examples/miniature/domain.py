@@ -2,8 +2,8 @@
 
     python examples/miniature/domain.py --work_dir build/domain
 
-Both train all weights with the same optimiser, batch, pictures and captions, and get the same number of transformer passes
-(a D-OPSD step costs 12 per image at K = 4, an SFT step 2). Measured at four steps: the style and everything else that a
+All methods train all weights with the same optimiser, batch, pictures and captions, and get the same number of transformer
+passes (a D-OPSD step costs 12 per image at K = 4, an SFT step 2); with prior prompts, a third of the D-OPSD steps is on those. Measured at four steps: the style and everything else that a
 prompt of the domain asks for, the unrelated prompts, and the Frechet distance of as many pictures to 2,000 fresh drawings of
 the domain. Finished runs are kept in --work_dir and not run again.
 """
@@ -25,7 +25,7 @@ from judge import Judge, accuracy, frechet
 
 ROOT = HERE.parents[1]
 DOMAIN = CONCEPTS["neon"]
-PASSES = {"D-OPSD": 12, "SFT": 2}
+PASSES = {"D-OPSD": 12, "D-OPSD with prior prompts": 12, "SFT": 2}
 KEPT = ["shape", "colour", "pattern", "position"]
 PICTURES, PROMPTS, FRESH = 500, 500, 2000
 
@@ -47,7 +47,7 @@ def write_data(folder):
 
 def train(method, rate, args):
     """Runs the training script in a process of its own and returns the folder of the result."""
-    folder = args.work_dir / f"{method}-{rate:g}"
+    folder = args.work_dir / f"{method.replace(' ', '_')}-{rate:g}"
     if (folder / "model_index.json").exists():
         return folder
     flags = ["--pretrained_model_name_or_path", HERE / "model", "--vlm_model_name_or_path", HERE / "vlm"]
@@ -55,11 +55,13 @@ def train(method, rate, args):
     flags += ["--train_batch_size", 8, "--learning_rate", rate, "--seed", args.seed, "--num_inference_steps", STEPS]
     flags += ["--max_train_steps", args.steps * PASSES["D-OPSD"] // PASSES[method], "--report_to", "none"]
     flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
-    if method == "D-OPSD":
+    if method == "SFT":
+        script = [ROOT / "examples" / "train_sft.py", "--full"]
+    else:
         script = [ROOT / "train_dopsd_full.py", "--context_cache_dir", args.work_dir / "contexts"]
         flags += ["--ema_decay", args.ema_decay]
-    else:
-        script = [ROOT / "examples" / "train_sft.py", "--full"]
+    if "prior" in method:
+        flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
     subprocess.run([sys.executable, *map(str, script), *map(str, flags)], check=True)
     return folder
 
@@ -92,7 +94,7 @@ def main():
     print("| | learning rate | style right | shape, colour, pattern and position right | Frechet distance, domain "
           "| unrelated prompts right | fine detail, unrelated | Frechet distance, unrelated |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for method, rate in [("before", 0.0), *((m, r) for m in PASSES for r in args.rates)]:
-        record = args.work_dir / f"{method}-{rate:g}.json"
+        record = args.work_dir / f"{method.replace(' ', '_')}-{rate:g}.json"
         if not record.exists():
             folder = HERE / "model" if method == "before" else train(method, rate, args)
             record.write_text(json.dumps(measure(folder, fresh, args)))
