@@ -412,7 +412,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
-        """Student context c_s: the stock text features (512, dim), padding kept, and the latents of reference images."""
+        """Student context c_s: the stock text features (max_sequence_length, dim), padding kept, and the latents of reference images."""
         embeds = self.encode_prompt(list(prompts), **self.encoding)[0]
         references = references or [[]] * len(prompts)
         return [{"prompt_embeds": e, **self.encode_references(r)} for e, r in zip(embeds, references, strict=True)]
@@ -424,8 +424,9 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         `edit`: the student's context with the image as the last reference, the transformer's own way to see images.
 
         `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: of `max_sequence_length`
-        (512) tokens, so that position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept behind them; the
-        chat ends as the text encoder's does with thinking off. A longer context would put tokens at positions never seen.
+        (512) tokens, so that position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept
+        behind them; the chat ends as the text encoder's does with thinking off. A longer context would put tokens at
+        positions never seen.
         """
         references = references or [[]] * len(prompts)
         if teacher_context == "edit":

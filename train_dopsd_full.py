@@ -17,7 +17,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.7",
-#     "torchao>=0.13",
+#     "torchao>=0.16",
 #     "diffusers>=0.42.0",
 #     "transformers>=5.5",
 #     "accelerate>=1.10",
@@ -188,8 +188,8 @@ def add_training_arguments(parser):
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
-    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers, for "
-        "example flash, _flash_3_hub or sage. Default: PyTorch's.")
+    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers that has "
+        "a backward, for example flash. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")

@@ -191,8 +191,8 @@ def add_training_arguments(parser):
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
-    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers, for "
-        "example flash, _flash_3_hub or sage. Default: PyTorch's.")
+    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers that has "
+        "a backward, for example flash. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
@@ -1330,14 +1330,19 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
         for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
             loss.backward()
     count = sum(p.numel() for p in parameters)
-    weights = sum(p.numel() * (QUANTIZED_BYTES[args.quantization] if p.ndim == 2 and args.quantization else p.element_size()) for p in frozen)
-    # matrices are computed in the dtype of mixed precision, and torchao's are kept so until the backward of their block
-    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
-    largest = {None: 0, "nf4": max(p.numel() for p in frozen)}.get(args.quantization, max(sum(p.numel() for p in b.parameters()) for b in blocks))
+    bytes_of = QUANTIZED_BYTES.get(args.quantization)
+    weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
+    # a quantised matrix is multiplied in half precision; torchao's stay so until the backward of their block
+    unpacked = 0
+    if args.quantization == "nf4":
+        unpacked = max(p.numel() for p in frozen)
+    elif args.quantization:
+        blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+        unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return {
         "weights": int(weights),
         "lora": count * (3 * 4 + (2 if args.use_8bit_adam else 8)),
-        "activations": memory.peak - memory.held - half * count + 2 * largest,
+        "activations": memory.peak - memory.held - half * count + 2 * unpacked,
     }
 
 

@@ -24,7 +24,7 @@ import step_cost  # noqa: E402
 
 
 def bench(**changes):
-    """Settings of `step_cost.Bench`, a Z-Image of 33 M parameters."""
+    """Settings of `step_cost.Bench`, a Z-Image of 31 M parameters."""
     defaults = {"size": "mid", "rollout_steps": 2, "rank": 16, "train_batch_size": 1, "mixed_precision": "no"}
     defaults |= {
         "gradient_checkpointing": False,

@@ -1,7 +1,7 @@
 """Memory that training takes, computed from model configs alone; prints the README's tables.
 
-python examples/benchmarks/memory.py          # full fine-tuning: what is held besides activations
-python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/
+    python examples/benchmarks/memory.py          # full fine-tuning: what is held besides activations
+    python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/
 """
 
 import argparse
