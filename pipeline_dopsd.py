@@ -26,6 +26,7 @@ pipe.load_lora_weights(repo)
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 
@@ -144,19 +145,22 @@ class MultimodalEncoder:
         return len(self.tokenizer(self.chat(prompt, patches // self.image_processor.merge_size**2, ending)).input_ids)
 
     @torch.no_grad()
-    def hidden_states(self, prompt: str, image, ending: str = "", pad_to: int = 0) -> tuple[torch.Tensor, ...]:
-        """Hidden states of all layers, each (tokens, dim), for the chat with a PIL `image` and `prompt`.
+    def hidden_states(self, prompts: list[str], images: list, ending: str = "", pad_to: int = 0) -> list[tuple[torch.Tensor, ...]]:
+        """For each chat with a PIL image and a prompt, the hidden states of all layers, each (tokens, dim); one forward.
 
         Shorter contexts than `pad_to` tokens are padded at the end, masked as the text encoder's own padding is.
         """
-        inputs = dict(self.image_processor(images=[image], size=self.size, return_tensors="pt"))
+        inputs = dict(self.image_processor(images=images, size=self.size, return_tensors="pt"))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        image_tokens = int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-        padding = {"padding": "max_length", "max_length": pad_to, "padding_side": "right"} if pad_to else {}
-        inputs |= self.tokenizer(self.chat(prompt, image_tokens, ending), return_tensors="pt", **padding)
+        counts = (inputs["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2).tolist()
+        chats = [self.chat(prompt, count, ending) for prompt, count in zip(prompts, counts, strict=True)]
+        padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
+        inputs |= self.tokenizer(chats, return_tensors="pt", padding_side="right", **padding)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.config.image_token_id).long()
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        return tuple(h[0] for h in self.model(**inputs, output_hidden_states=True).hidden_states)
+        lengths = [pad_to or int(length) for length in inputs["attention_mask"].sum(dim=1)]
+        layers = self.model(**inputs, output_hidden_states=True).hidden_states
+        return [tuple(hidden[i, :length] for hidden in layers) for i, length in enumerate(lengths)]
 
 
 class DOPSDMixin:
@@ -296,8 +300,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
 
     def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
         """Teacher context c_t: last-but-one hidden states of ALL tokens (chat, vision, text), per prompt and image."""
-        encode = self.multimodal_encoder.hidden_states
-        return [{"prompt_embeds": encode(p, i)[-2]} for p, i in zip(prompts, images, strict=True)]
+        return [{"prompt_embeds": layers[-2].clone()} for layers in self.multimodal_encoder.hidden_states(prompts, images)]
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
@@ -340,6 +343,11 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
     def to_vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE decodes them."""
         return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def image_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """x_0 of preprocessed images (B, 3, H, W): what a rollout ends at, (B, C, h, w)."""
+        mean = self.vae.encode(pixels).latent_dist.mean
+        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
 
 class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
@@ -431,12 +439,10 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         references = references or [[]] * len(prompts)
         if teacher_context == "edit":
             return self.encode_student(prompts, [[*r, image] for r, image in zip(references, images, strict=True)])
-        ending, layers, contexts = self.chat_ending(self.tokenizer), self.config.text_encoder_out_layers, []
-        for prompt, image, own in zip(prompts, images, references, strict=True):
-            hidden = self.multimodal_encoder.hidden_states(prompt, image, ending, pad_to=self.config.max_sequence_length)
-            embeds = torch.cat([hidden[k] for k in layers], dim=-1)
-            contexts.append({"prompt_embeds": embeds, **self.encode_references(own)})
-        return contexts
+        ending, layers = self.chat_ending(self.tokenizer), self.config.text_encoder_out_layers
+        states = self.multimodal_encoder.hidden_states(prompts, images, ending, pad_to=self.config.max_sequence_length)
+        embeds = [torch.cat([hidden[k] for k in layers], dim=-1) for hidden in states]
+        return [{"prompt_embeds": e, **self.encode_references(own)} for e, own in zip(embeds, references, strict=True)]
 
     def encode_references(self, images: list) -> dict[str, torch.Tensor]:
         """Normalised latents (C, h, w) of each PIL image, resized as the stock pipeline does."""
@@ -445,8 +451,12 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
             image = self.image_processor._resize_if_exceeds_area(self.image_processor.check_image_input(image))
             size = {"height": image.height // multiple * multiple, "width": image.width // multiple * multiple}
             pixels = self.image_processor.preprocess(image, **size, resize_mode="crop").to(self.vae.device, self.vae.dtype)
-            latents[f"reference_{number}"] = self._encode_vae_image(pixels, None)[0]
+            latents[f"reference_{number}"] = self.image_latents(pixels)[0]
         return latents
+
+    def image_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """x_0 of preprocessed images (B, 3, H, W): what a rollout ends at, (B, C, h, w)."""
+        return self._encode_vae_image(pixels, None)
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
@@ -462,6 +472,17 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         self.scheduler.set_begin_index(0)
         return timesteps
 
+    @classmethod
+    @functools.lru_cache(maxsize=8)
+    def position_ids(cls, batch_size: int, tokens: int, size: tuple, reference_sizes: tuple, device: torch.device):
+        """Stock ids of text (B, tokens, 4) and of image and references (B, all h * w, 4); kept, as they depend on sizes alone."""
+        text_ids = cls._prepare_text_ids(torch.empty(batch_size, tokens, 1))
+        ids = cls._prepare_latent_ids(torch.empty(batch_size, *size))
+        if reference_sizes:
+            reference_ids = cls._prepare_image_ids([torch.empty(1, *size) for size in reference_sizes])
+            ids = torch.cat([ids, reference_ids.expand(len(ids), -1, -1)], dim=1)
+        return text_ids.to(device), ids.to(device)
+
     def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
         """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`].
 
@@ -469,20 +490,19 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         """
         dtype, device = getattr(transformer, "module", transformer).dtype, latents.device
         embeds = torch.stack([c["prompt_embeds"] for c in contexts]).to(device, dtype)
-        tokens, ids = self._pack_latents(latents), self._prepare_latent_ids(latents)
-        references = [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
+        tokens, references = self._pack_latents(latents), [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
         if references[0]:
             packed = [torch.cat([self._pack_latents(image[None]) for image in images], dim=1) for images in references]
             tokens = torch.cat([tokens, torch.cat(packed).to(tokens)], dim=1)
-            reference_ids = self._prepare_image_ids([image[None] for image in references[0]])
-            ids = torch.cat([ids, reference_ids.expand(len(ids), -1, -1)], dim=1)
+        sizes = tuple(tuple(image.shape) for image in references[0])
+        text_ids, image_ids = self.position_ids(len(latents), embeds.shape[1], tuple(latents.shape[1:]), sizes, device)
         out = transformer(
             hidden_states=tokens.to(dtype),
             timestep=timestep.expand(len(latents)) / 1000,
             guidance=None,
             encoder_hidden_states=embeds,
-            txt_ids=self._prepare_text_ids(embeds).to(device),
-            img_ids=ids.to(device),
+            txt_ids=text_ids,
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         return out[:, : latents[0, 0].numel()].mT.reshape(latents.shape).float()

@@ -122,6 +122,7 @@ FIXED_ON_RESUME = {
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
+ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
 
 class InputError(ValueError):
@@ -569,6 +570,18 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
+def encode_batch(pipeline, args, cache, dataset, pairs):
+    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
+    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
+    if pairs[0][0] is not None:
+        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
+        cache.write(*row, caption, student, teacher)
+
+
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
@@ -590,15 +603,11 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     ).to(accelerator.device)
     if args.teacher_context == "vlm":
         pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    for index, caption in tqdm(mine, desc="Encoding contexts", disable=not accelerator.is_local_main_process):
-        row, shown = rows_of(dataset, index, args)
-        references = [[load_image(source) for source in references_of(row)]]
-        student, teacher = pipeline.encode_student([caption], references)[0], {}
-        if index is not None:
-            prompt = caption + args.teacher_prompt_suffix
-            teacher = pipeline.encode_teacher([prompt], [training_image(shown)], args.teacher_context, references)[0]
-        cache.write(row, shown, caption, student, teacher)
+    # a prior prompt has no teacher, so it shares no batch with others
+    for pairs in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
+        mine = pairs[accelerator.process_index :: accelerator.num_processes]
+        for start in tqdm(range(0, len(mine), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
+            encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
     del pipeline
     free_memory()
     accelerator.wait_for_everyone()
@@ -1346,16 +1355,19 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
     }
 
 
-def report_memory(pipeline, targets, dataset, cache, args, accelerator):
-    """Logs the estimate for the first batch, and warns if the GPU is too small for it."""
+def first_batch(pipeline, dataset, cache, args):
+    """The first batch of the training, on the meta device."""
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
     draws = draw_batch(layouts_of(dataset, args), args.train_batch_size, 0, 0, 1, args.seed)
-    batch = make_batch(pipeline, rows, cache, draws, [], args, "meta")
-    estimate = estimate_memory(pipeline, targets, batch, args, accelerator)
+    return make_batch(pipeline, rows, cache, draws, [], args, "meta")
+
+
+def report_memory(estimate, savings, accelerator):
+    """Logs the bytes of an estimate, and warns with the first of `savings` if the GPU is too small for it."""
     total, shares = sum(estimate.values()), ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
     logger.info(f"Peak memory by calculation: {total / 2**30:.2f} GiB ({shares}).")
     if accelerator.device.type == "cuda" and total > torch.cuda.get_device_properties(accelerator.device).total_memory:
-        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(lora_savings(args)[:3])}.")
+        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(savings[:3])}.")
 
 
 def lora_savings(args):
@@ -1477,7 +1489,8 @@ def main(args):
         raise InputError(error) from error
     cache = ContextCache(args)
     encode_contexts(family, args, cache, dataset, pairs, accelerator)
-    report_memory(planned, targets, dataset, cache, args, accelerator)
+    estimate = estimate_memory(planned, targets, first_batch(planned, dataset, cache, args), args, accelerator)
+    report_memory(estimate, lora_savings(args), accelerator)
 
     pipeline = load_for_training(family, args, accelerator, make_quantization_config(args))
     names, parameters = add_lora(pipeline, targets, args)

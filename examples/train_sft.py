@@ -42,10 +42,16 @@ def parse_args(input_args=None):
     return args
 
 
-def flow_matching_loss(pipeline, latents, contexts, rng):
-    """|| v_theta(x_s, s, c) - (noise - x0) ||^2 at times drawn over the scheduler's whole training schedule."""
+def shift_of(pipeline, latents, num_steps):
+    """The shift s of the schedule sigma = s u / (1 + (s - 1) u), read off the second point of the inference grid."""
+    pipeline.few_step_grid(num_steps, latents)
+    sigma, u = pipeline.scheduler.sigmas[1].item(), 1 - 1 / num_steps
+    return sigma * (1 - u) / (u * (1 - sigma))
+
+
+def flow_matching_loss(pipeline, latents, contexts, rng, shift):
+    """|| v_theta(x_s, s, c) - (noise - x0) ||^2 at times drawn over the whole schedule."""
     u = torch.rand(len(latents), generator=rng)
-    shift = pipeline.scheduler.config.shift
     sigmas = (shift * u / (1 + (shift - 1) * u)).to(latents.device)
     noise = torch.randn(latents.shape, generator=rng).to(latents.device)
     s = sigmas.view(-1, 1, 1, 1)
@@ -58,9 +64,7 @@ def flow_matching_loss(pipeline, latents, contexts, rng):
 def encode(pipeline, images, captions):
     """Latents (N, C, h, w) of PIL `images` and, for each, the text contexts of its captions."""
     pixels = (pipeline.image_processor.preprocess(image).to(pipeline.device, pipeline.vae.dtype) for image in images)
-    mean = torch.cat([pipeline.vae.encode(image).latent_dist.mean.float() for image in pixels])
-    latents = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
-    return latents, [pipeline.encode_student(texts) for texts in captions]
+    return torch.cat([pipeline.image_latents(image).float() for image in pixels]), [pipeline.encode_student(texts) for texts in captions]
 
 
 def draw(latents, contexts, batch_size, rng):
@@ -96,12 +100,13 @@ def main(args):
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     optimizer = full.make_full_optimizer(parameters, args)
     lr_scheduler = dopsd.make_lr_scheduler(optimizer, args)
+    shift = shift_of(pipeline, instance[0], args.rollout_steps)
     for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         with accelerator.autocast():
-            loss = flow_matching_loss(pipeline, *draw(*instance, args.train_batch_size, rng), rng)
+            loss = flow_matching_loss(pipeline, *draw(*instance, args.train_batch_size, rng), rng, shift)
             if args.class_prompt:
-                loss_prior = flow_matching_loss(pipeline, *draw(*prior, args.train_batch_size, rng), rng)
+                loss_prior = flow_matching_loss(pipeline, *draw(*prior, args.train_batch_size, rng), rng, shift)
                 loss = loss + args.prior_loss_weight * loss_prior
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

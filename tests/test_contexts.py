@@ -120,7 +120,7 @@ def test_teacher_context_is_the_last_but_one_layer(vlm, pipeline):
     """The transformer was trained on the layer before the last; others mean nothing to it."""
     pipeline.load_multimodal_encoder(str(vlm))
     image = draw("rectangle", "red", (32, 32))
-    states = pipeline.multimodal_encoder.hidden_states(PROMPTS[0], image)
+    (states,) = pipeline.multimodal_encoder.hidden_states(PROMPTS[:1], [image])
     assert len(states) == 4
     (context,) = pipeline.encode_teacher(PROMPTS[:1], [image])
     assert torch.equal(context["prompt_embeds"], states[2])
@@ -135,7 +135,19 @@ def test_context_length_is_known_without_weights(vlm, pipeline, size, max_pixels
     expected = encoder.context_length(PROMPTS[1], height, width)
     encoder.transplant(pipeline.text_encoder)
     image = draw("ellipse", "blue", size)
-    assert len(encoder.hidden_states(PROMPTS[1], image)[-2]) == expected
+    assert len(encoder.hidden_states(PROMPTS[1:2], [image])[0][-2]) == expected
+
+
+def test_contexts_of_a_batch_are_those_of_its_images_alone(vlm, pipeline):
+    """Encoded together, images of other sizes and prompts of other lengths must not leak into each other's contexts."""
+    pipeline.load_multimodal_encoder(str(vlm))
+    prompts = [PROMPTS[0], "a blue disc on a very long wooden table beside a window"]
+    images = [draw("rectangle", "red", (32, 32)), draw("ellipse", "blue", (48, 96))]
+    together = pipeline.encode_teacher(prompts, images)
+    for context, prompt, image in zip(together, prompts, images, strict=True):
+        (alone,) = pipeline.encode_teacher([prompt], [image])
+        torch.testing.assert_close(context["prompt_embeds"], alone["prompt_embeds"], rtol=1e-3, atol=1e-4)
+    assert len(together[0]["prompt_embeds"]) != len(together[1]["prompt_embeds"])
 
 
 def test_smaller_max_pixels_shorten_the_context(vlm):

@@ -293,6 +293,7 @@ def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
 
 def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypatch):
     """Encoding a large dataset takes hours; what is encoded must not be lost."""
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)
     encode, done = DOPSDZImagePipeline.encode_teacher, []
 
     def interrupted(self, prompts, images, *others):

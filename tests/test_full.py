@@ -212,7 +212,7 @@ def test_memory_table_is_what_torch_allocates(flags, tmp_path):
         "dim": 384, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 64,
         "in_channels": 4, "axes_dims": [8, 12, 12], "axes_lens": [64, 32, 32],
     }  # fmt: skip
-    shapes = memory.shapes_of(ZImageTransformer2DModel, config)
+    shapes = memory.parameters_of(ZImageTransformer2DModel, config)
     args = memory.parse(flags)
     transformer = ZImageTransformer2DModel(**config).bfloat16()
     teacher = script.FullTeacher(transformer, args, Accelerator(cpu=True))
@@ -229,7 +229,7 @@ def test_memory_table_is_what_torch_allocates(flags, tmp_path):
     held = sizes([p.grad for p in parameters if p.grad is not None])
     optimizer.step()
 
-    expected = memory.held_bytes(shapes, args)
+    expected = script.held_bytes(shapes, args)
     assert sizes(parameters) == pytest.approx(expected["weights"], rel=0.01)
     assert (held if held else max(gradients, default=0)) <= 1.01 * expected["gradients"]
     states = [t for s in optimizer.state.values() for t in flatten(s)]
@@ -237,7 +237,7 @@ def test_memory_table_is_what_torch_allocates(flags, tmp_path):
     own = [] if teacher.module is transformer else [*teacher.module.parameters()]
     assert sizes(own) == pytest.approx(expected["teacher"], rel=0.01)
     on_host = teacher.shadow.values() if args.ema_device == "cpu" else []
-    assert sizes(on_host) == pytest.approx(expected["host"], rel=0.01)
+    assert sizes(on_host) == (4 * sum(p.numel() for p in shapes) if teacher.on_cpu else 0)
 
 
 def flatten(value):

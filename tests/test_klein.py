@@ -140,7 +140,7 @@ def test_vlm_context_is_laid_out_as_the_text_that_the_model_knows(pipeline, klei
     assert encoder.chat(PROMPTS[0], 0, ending).replace(vision, "") == stock
     (context,) = pipeline.encode_teacher(PROMPTS[:1], [RED])
     assert context["prompt_embeds"].shape == (512, 3 * HIDDEN)
-    states = encoder.hidden_states(PROMPTS[0], RED, ending)  # without padding
+    (states,) = encoder.hidden_states(PROMPTS[:1], [RED], ending)  # without padding
     length = encoder.context_length(PROMPTS[0], 64, 64, ending)
     expected = torch.cat([states[k] for k in (9, 18, 27)], dim=-1)
     assert len(expected) == length
@@ -284,7 +284,7 @@ def test_every_teacher_trains(train_klein, tmp_path, monkeypatch, teacher_contex
 
     def recorded(self, prompts, images, context, *rest):
         assert context == teacher_context
-        shown[prompts[0]] = images[0].getpixel((20, 20))
+        shown.update((prompt, image.getpixel((20, 20))) for prompt, image in zip(prompts, images))
         return encode(self, prompts, images, context, *rest)
 
     monkeypatch.setattr(DOPSDFlux2KleinPipeline, "encode_teacher", recorded)

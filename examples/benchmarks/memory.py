@@ -5,14 +5,13 @@
 """
 
 import argparse
-import math
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
 
 
@@ -50,39 +49,10 @@ def parse(flags, mixed_precision="bf16"):
     return full.parse_args([*needed.split(), *flags.split()])
 
 
-def shapes_of(model_class, config):
-    """Shapes of all parameters of a model, which is built without memory."""
-    with init_empty_weights():
-        return [tuple(p.shape) for p in model_class(**config).parameters()]
-
-
-def optimizer_bytes(shape, args):
-    """Bytes of the optimiser's states of one parameter."""
-    count = math.prod(shape)
-    if args.optimizer == "adafactor":
-        return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
-    blocks = 2 * (count + 4 * math.ceil(count / 256))  # 8 bits each, and a scale in fp32 for every 256
-    if args.stochastic_rounding:  # torchao keeps what does not fill whole blocks in the dtype of the weights
-        return blocks if count >= 4096 and count % 256 == 0 else 2 * 2 * count
-    if args.use_8bit_adam:
-        return blocks if count >= 4096 else 2 * 4 * count
-    return 2 * 4 * count
-
-
-def held_bytes(shapes, args):
-    """Bytes on the accelerator (and, as `host`, on the CPU) of what full fine-tuning holds between and during steps."""
-    count, largest = sum(map(math.prod, shapes)), max(map(math.prod, shapes))
-    weight = 2 if args.stochastic_rounding else 4
-    compute = 2 if args.mixed_precision in ("bf16", "fp16") else 4
-    averaged = 0 < args.ema_decay < 1
-    on_host = averaged and args.ema_device == "cpu"
-    return {
-        "weights": weight * count,
-        "gradients": weight * (largest if args.fused_backward_pass else count),
-        "optimizer": sum(optimizer_bytes(shape, args) for shape in shapes),
-        "teacher": 0 if args.ema_decay == 0 else count * (4 if averaged and not on_host else compute),
-        "host": 4 * count if on_host else 0,
-    }
+def parameters_of(model_class, config):
+    """All parameters of a model, on the meta device."""
+    with torch.device("meta"):
+        return list(model_class(**config).parameters())
 
 
 # name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
@@ -129,18 +99,20 @@ def print_lora():
 
 
 def print_full():
-    shapes = {name: shapes_of(*model) for name, model in MODELS.items()}
-    names = [f"{name} ({sum(map(math.prod, s)) / 1e9:.2f} B)" for name, s in shapes.items()]
+    parameters = {name: parameters_of(*model) for name, model in MODELS.items()}
+    counts = {name: sum(p.numel() for p in ps) for name, ps in parameters.items()}
+    names = [f"{name} ({count / 1e9:.2f} B)" for name, count in counts.items()]
     print("| flags | weights | gradients | optimiser | teacher | bytes per parameter |", " | ".join(names), "|")
     print("|---|" + "---|" * (5 + len(names)))
     for flags in SETTINGS:
-        held = {name: held_bytes(s, parse(flags)) for name, s in shapes.items()}
-        counts = {name: sum(map(math.prod, s)) for name, s in shapes.items()}
+        args = parse(flags)
+        held = {name: full.held_bytes(ps, args) for name, ps in parameters.items()}
         first, count = held["Z-Image-Turbo"], counts["Z-Image-Turbo"]
         kinds = ("weights", "gradients", "optimizer", "teacher")
         cells = [f"{first[kind] / count:.1f}" for kind in kinds] + [f"{sum(first[k] for k in kinds) / count:.1f}"]
         for name, values in held.items():
-            host = f" + {values['host'] / 2**30:.0f} on the CPU" if values["host"] else ""
+            average = 4 * counts[name] / 2**30  # in fp32
+            host = f" + {average:.0f} on the CPU" if args.ema_device == "cpu" and 0 < args.ema_decay < 1 else ""
             cells.append(f"{sum(values[k] for k in kinds) / 2**30:.1f} GiB{host}")
         print(f"| `{flags or 'none'}` | {' | '.join(cells)} |")
 
