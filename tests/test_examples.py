@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
@@ -45,13 +46,14 @@ def test_flow_matching_loss_is_zero_for_the_true_velocity():
 
         transformer = None
 
-        class scheduler:
-            class config:
-                shift = 3.0
-
         def velocity(self, transformer, states, timestep, contexts):
             return (states - latents) / (timestep / 1000).view(-1, 1, 1, 1)
 
     latents = torch.randn(16, 4, 8, 8)
-    loss = train_sft.flow_matching_loss(Exact(), latents, None, torch.Generator().manual_seed(0))
+    loss = train_sft.flow_matching_loss(Exact(), latents, None, torch.Generator().manual_seed(0), shift=3.0)
     assert loss < 1e-5
+
+
+def test_flow_matching_draws_times_from_the_schedule_of_inference(pipeline):
+    """At other times than inference uses, the baseline would learn less."""
+    assert train_sft.shift_of(pipeline, torch.empty(1, 4, 8, 8), 4) == pytest.approx(3.0, rel=1e-3)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,12 +15,18 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import train_dopsd_full as full_script
 import train_dopsd_lora as script
-from conftest import CHAT_TEMPLATE, HIDDEN, LORA, Trainer, draw, patch_velocity, save_vlm, text_config
+from conftest import CHAT_TEMPLATE, HIDDEN, LORA, ROOT, Trainer, draw, patch_velocity, save_vlm, text_config
 from pipeline_dopsd import DOPSDFlux2KleinPipeline, family_of
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_sft  # noqa: E402
 
 
 THINKING = (
@@ -235,6 +242,24 @@ def test_lora_covers_both_kinds_of_blocks(pipeline):
     double = [t for t in targets if t.startswith("transformer_blocks.0.")]
     single = [t for t in targets if t.startswith("single_transformer_blocks.")]
     assert len(double) == 12 and len(single) == 2 * 2 and len(targets) == 16
+
+
+def test_latents_of_an_image_are_what_the_vae_decodes(pipeline):
+    """Reference latents and the baseline's targets would be of another scale than what a rollout ends at."""
+    pixels = pipeline.image_processor.preprocess(RED)
+    with torch.no_grad():
+        latents = pipeline.image_latents(pixels)
+        restored = pipeline.to_vae_latents(latents)
+        expected = pipeline.vae.encode(pixels).latent_dist.mode()
+    assert latents.shape == pipeline.initial_noise(64, 64, torch.Generator()).shape
+    torch.testing.assert_close(restored, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_baseline_trains_klein(train_klein, tmp_path):
+    """Without SFT beside it, nobody sees what D-OPSD keeps."""
+    train_sft.main(train_sft.parse_args(train_klein.flags(tmp_path / "out", max_train_steps=2, learning_rate=0.1)))
+    weights = load_file(tmp_path / "out" / LORA)
+    assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
 
 
 @pytest.fixture(scope="module")
