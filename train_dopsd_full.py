@@ -125,6 +125,7 @@ FIXED_ON_RESUME = {
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
 }  # fmt: skip
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
+LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
 
@@ -1447,12 +1448,31 @@ def resume(accelerator, lr_scheduler, networks, checkpoint):
 
 
 def check_finite(losses, grad_norm=0.0):
-    """Stops a run that has diverged before the update spoils the weights."""
+    """Stops a run that has diverged, before a checkpoint is written."""
     if not all(map(math.isfinite, [*losses, grad_norm])):
         raise InputError(
             f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept. Lower "
             "--learning_rate or use --mixed_precision bf16."
         )
+
+
+def log_steps(pending, started, bar, args, accelerator):
+    """Logs the steps since `started`: `pending` holds of each the step, the losses (K,), the gradient norm and the learning rate.
+
+    The tensors are read here and at no other place, so that the device waits for nothing in between.
+    """
+    table = torch.stack([torch.cat([losses, norm.view(1)]) for _, losses, norm, _ in pending]).tolist()
+    timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
+    for (step, *_, lr), (*losses, grad_norm) in zip(pending, table, strict=True):
+        # with fp16 the gradient scaler skips a step whose gradient is not finite
+        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
+        loss = sum(losses) / len(losses)
+        states = {f"loss/state_{k + 1}": value for k, value in enumerate(losses)}
+        accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
+                print(step, loss, sep=",", file=file)
+    bar.set_postfix(loss=loss, lr=lr)
 
 
 @contextlib.contextmanager
@@ -1478,8 +1498,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
+    pending, started = [], time.perf_counter()
     for step in bar:
-        started = time.perf_counter()
         losses = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
@@ -1490,31 +1510,29 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)
-        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean").tolist()
+        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-        # with fp16 the gradient scaler skips a step whose gradient is not finite
-        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         teacher.step()
 
         done = step + 1
-        logs = {"loss": sum(losses) / len(losses), **{f"loss/state_{k + 1}": value for k, value in enumerate(losses)}}
-        logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
-        logs |= {"seconds_per_step": time.perf_counter() - started, "peak_memory_gib": peak_memory_gib(accelerator.device)}
-        bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
-        accelerator.log(logs, step=done)
-        if accelerator.is_main_process:
-            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
-                print(done, logs["loss"], sep=",", file=file)
-        if validating and (done % args.validation_steps == 0 or done == args.max_train_steps):
+        pending.append((done, losses, grad_norm.to(losses), lr_scheduler.get_last_lr()[0]))
+        last = done == args.max_train_steps
+        showing = validating and (done % args.validation_steps == 0 or last)
+        saving = done % args.checkpointing_steps == 0 or last
+        if not (showing or saving or time.perf_counter() - started > LOGGING_SECONDS):
+            continue
+        log_steps(pending, started, bar, args, accelerator)
+        if showing:
             validate(done)
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+        if saving:
             save_checkpoint(accelerator, args, done)
-            if args.hub_push_checkpoints and done < args.max_train_steps:
+            if args.hub_push_checkpoints and not last:
                 publish(done)
+        pending, started = [], time.perf_counter()
 
 
 def first_batch(pipeline, dataset, cache, args):

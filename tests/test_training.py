@@ -160,6 +160,20 @@ def test_log_has_what_a_user_steers_by(train_any, tmp_path, monkeypatch):
         assert values["loss"] == pytest.approx(sum(values[f"loss/state_{k}"] for k in (1, 2, 3)) / 3)
 
 
+def test_steps_that_are_logged_together_keep_their_own_values(train_any, tmp_path, monkeypatch):
+    """Logs are read off the device at intervals; a curve with missing or repeated steps would mislead."""
+    logs, reads, log_steps = [], [], train_any.module.log_steps
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append((step, values["loss"])))
+    monkeypatch.setattr(train_any.module, "log_steps", lambda *args: reads.append(len(args[0])) or log_steps(*args))
+    for seconds in (-1, 1000):
+        monkeypatch.setattr(train_any.module, "LOGGING_SECONDS", seconds)
+        train_any(tmp_path / str(seconds), max_train_steps=5, checkpointing_steps=3, context_cache_dir=tmp_path / "cache")
+    assert logs[:5] == logs[5:] and [step for step, _ in logs] == [1, 2, 3, 4, 5] * 2
+    assert reads == [1, 1, 1, 1, 1, 3, 2]
+    written = [(tmp_path / folder / "losses.csv").read_text() for folder in ("-1", "1000")]
+    assert written[0] == written[1]
+
+
 def test_validation_pictures(train_any, tmp_path):
     """student | teacher | training image, at step 0, every --validation_steps and at the end."""
     prompts = ["a red square", "a prompt that is no caption"]

@@ -1,6 +1,7 @@
-"""Seconds from the command to the first step with a dataset of many rows, cold and warm, on the miniature.
+"""Seconds from the command to the first step on the miniature, cold and warm.
 
-    python examples/benchmarks/start.py --rows 100000 --work_dir build/start
+    python examples/benchmarks/start.py --rows 100000 --work_dir build/start     # a dataset of many rows
+    python examples/benchmarks/start.py --where                                  # a LoRA on four pictures: where the time goes
 
 The rows repeat 500 pictures, so that encoding, which happens once per picture and caption, does not hide what a start costs.
 """
@@ -37,20 +38,57 @@ def make_dataset(rows, folder):
     Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
 
 
+# steps of train_dopsd_lora.main, in its order
+STEPS = {
+    "make_accelerator": "accelerator", "check_inputs": "dataset and checks", "build_without_weights": "model on the meta device",
+    "encode_contexts": "contexts", "first_batch": "first batch", "estimate_memory": "estimate of memory",
+    "load_for_training": "weights", "add_lora": "LoRA", "make_adamw": "optimiser", "backward_each_state": "rollout and backward",
+}  # fmt: skip
+
+
+def time_steps(flags):
+    """Runs one step in this process, which has imported nothing of it yet; prints seconds of imports and of each step."""
+    started = time.perf_counter()
+    sys.path.insert(0, str(ROOT))
+    import train_dopsd_lora as script
+
+    seconds = {"imports": time.perf_counter() - started}
+
+    def timed(name, function):
+        def run(*args, **kwargs):
+            before = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[STEPS[name]] = time.perf_counter() - before
+            return result
+
+        return run
+
+    for name in STEPS:
+        setattr(script, name, timed(name, getattr(script, name)))
+    script.main(script.parse_args(flags))
+    total = time.perf_counter() - started
+    for name, value in {**seconds, "all else": total - sum(seconds.values()), "total": total}.items():
+        print(f"| {name} | {value:.2f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--where", action="store_true", help="one step of a LoRA on four pictures, step by step")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--work_dir", type=Path, default=Path("build/start"))
     args = parser.parse_args()
+    flags = ["--pretrained_model_name_or_path", MINIATURE / "model", "--vlm_model_name_or_path", MINIATURE / "vlm"]
+    flags += ["--output_dir", args.work_dir / "out", "--resolution", 64, "--validation_steps", 0]
+    flags += ["--max_train_steps", 1, "--report_to", "none", "--mixed_precision", "no"]
+    if args.where:
+        time_steps([*map(str, flags), "--instance_data_dir", str(MINIATURE / "concepts" / "arrow")])
+        return
     data = args.work_dir / f"data-{args.rows}"
     if not data.exists():
         make_dataset(args.rows, data)
-    flags = ["--pretrained_model_name_or_path", MINIATURE / "model", "--vlm_model_name_or_path", MINIATURE / "vlm"]
-    flags += ["--dataset_name", data, "--output_dir", args.work_dir / "out", "--resolution", 64, "--validation_steps", 0]
-    flags += ["--max_train_steps", 1, "--report_to", "none", "--mixed_precision", "no"]
     for name in ("cold", "warm"):
         started = time.time()
-        command = [sys.executable, "-u", str(ROOT / "train_dopsd_full.py"), *map(str, flags)]
+        command = [sys.executable, "-u", str(ROOT / "train_dopsd_full.py"), *map(str, flags), "--dataset_name", str(data)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         print(f"{name}: {time.time() - started:.0f} s from the command to the end of the first step, {args.rows:,} rows", flush=True)
 
