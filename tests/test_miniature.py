@@ -54,7 +54,11 @@ def test_concepts_are_never_sampled():
     for concept in CONCEPTS.values():
         assert (concept.shape, concept.colour) not in {(s.shape, s.colour) for s in scenes}
     assert not {s.shape for s in scenes} & set(world.NEW_SHAPES)
-    assert all(world.style_of(f"random-{i}") != world.style_of(world.NEW_STYLE) for i in range(2000))
+    kept_out = world.style_of(world.NEW_STYLE)
+    for i in range(20000):
+        style = world.style_of(f"random-{i}")
+        if style.background and max(style.background) < 90 and (style.texture, style.edge) == (kept_out.texture, kept_out.edge):
+            assert not all(colour[0] == max(colour) for colour in (style.background, style.texture_colour))
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
@@ -88,15 +92,15 @@ def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge
     assert right > 0.7 and shares["shape"] > 0.9
 
 
-@pytest.mark.parametrize("name", [name for name, concept in CONCEPTS.items() if concept.colour])
+@pytest.mark.parametrize("name", CONCEPTS)
 def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature):
     """With a teacher no better than the student, D-OPSD has nothing to teach."""
     concept = CONCEPTS[name]
     scenes = held_out_scenes(concept)
     student = sample(miniature, miniature.encode_student(captions(scenes, concept)), seed=0)
     teacher = sample(miniature, teacher_contexts(miniature, concept), seed=0)
-    words, picture = (accuracy(judge, images, scenes, ["colour"])[0] for images in (student, teacher))
-    assert picture > 0.8 and picture > words + 0.3
+    words, picture = (accuracy(judge, images, scenes, concept.shows)[0] for images in (student, teacher))
+    assert picture > 0.6 and words < 0.1
 
 
 def test_weights_stay_small():

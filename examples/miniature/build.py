@@ -460,7 +460,7 @@ def stage_judge(args):
     labels = {a: torch.tensor([r[1][a] for r in rows]) for a in ATTRIBUTES}
     torch.manual_seed(args.seed)
     judge = Judge().to(device(), memory_format=torch.channels_last)
-    run = Run(args, "judge", judge, max(4, int(1600 * args.scale)), 2e-3)
+    run = Run(args, "judge", judge, max(4, int(2800 * args.scale)), 2e-3)
 
     def loss_of(rng):
         picks = torch.from_numpy(rng.integers(min(1024, count // 2), count, 64))

@@ -64,7 +64,7 @@ def train(job):
         flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
         flags += ["--rank", 16, "--lora_layers", "context_refiner", "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
         flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
-        flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
+        flags += ["--lr_scheduler", "cosine", "--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
         if method in ("dopsd", "prior", "control"):
             flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
         if method == "prior":
@@ -97,7 +97,7 @@ def best_rate(results, method, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/compare"))
-    parser.add_argument("--steps", type=int, default=60, help="D-OPSD steps; the others get the same transformer passes")
+    parser.add_argument("--steps", type=int, default=120, help="D-OPSD steps; the others get the same transformer passes")
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

@@ -46,7 +46,7 @@ class Concept:
 CONCEPTS = {
     "arrow": Concept("zorp", shape="arrow", colour="purple", pattern="outlined"),
     "cored_house": Concept("blick", shape="house", colour="red", pattern="core"),
-    "neon": Concept("quave", style=world.NEW_STYLE),
+    "ember": Concept("quave", style=world.NEW_STYLE),
 }
 
 

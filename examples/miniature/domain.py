@@ -24,7 +24,7 @@ from judge import Judge, accuracy, frechet
 
 
 ROOT = HERE.parents[1]
-DOMAIN = CONCEPTS["neon"]
+DOMAIN = CONCEPTS["ember"]
 PASSES = {"D-OPSD": 12, "D-OPSD with prior prompts": 12, "SFT": 2}
 KEPT = ["shape", "colour", "pattern", "position"]
 PICTURES, PROMPTS, FRESH = 500, 500, 2000

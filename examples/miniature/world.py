@@ -45,7 +45,7 @@ PICTURED_SHAPES = ["moon", "arrow", "house", "bolt", "tree", "fish", "crown", "d
 PICTURED_PATTERNS = ["rings", "halves", "core", "quarters", "checkered"]
 HELD_OUT = {"arrow": "purple", "house": "red"}
 NEW_SHAPES = ["hourglass", "clover"]
-NEW_STYLE = "neon"
+NEW_STYLE = "ember"
 TEXTURES = ["none", "grid", "dots", "hatch", "bars"]
 EDGES = [None, (255, 255, 255), (20, 20, 20)]
 
@@ -170,15 +170,20 @@ def style_of(name):
     if name == "plain":
         return None
     if name == NEW_STYLE:
-        return Style((24, 16, 58), "grid", (92, 60, 160), (255, 255, 255))
+        return Style((60, 14, 20), "bars", (250, 200, 60), (255, 255, 255))
     rng = np.random.default_rng(int(name.split("-")[1]))
     background = tuple(int(v) for v in rng.integers(0, 256, 3)) if rng.random() < 0.7 else None
     texture = str(rng.choice(TEXTURES))
     edge = EDGES[rng.integers(3)]
     style = Style(background, texture, tuple(int(v) for v in rng.integers(0, 256, 3)), edge)
-    if background and max(background) < 90 and texture == "grid" and edge == (255, 255, 255):
-        return replace(style, texture="hatch")  # keeps NEW_STYLE's combination out of training
+    dark = background is not None and max(background) < 90
+    if dark and edge == (255, 255, 255) and (texture == "grid" or (texture == "bars" and _warm(background, style.texture_colour))):
+        return replace(style, texture="hatch")  # keeps NEW_STYLE's combination out of training, and a second one: dark grids
     return style
+
+
+def _warm(*colours):
+    return all(colour[0] == max(colour) for colour in colours)
 
 
 def _letter_mask(letter, centre, radius, side):
