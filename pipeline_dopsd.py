@@ -63,7 +63,7 @@ LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 class MultimodalEncoder:
     """A Qwen3-VL that reads images with the language model of a text-to-image pipeline.
 
-    `transplant` gives its language model the text encoder's own tensors (nothing is held twice) and rotary settings.
+    `transplant` gives its language model the text encoder's own layers (nothing is held twice) and rotary settings.
     Without an image, its hidden states then equal the text encoder's; `verify` proves it on one prompt.
 
     Args:
@@ -106,10 +106,17 @@ class MultimodalEncoder:
         rope = self.config.text_config.rope_parameters
         self.config.text_config.rope_parameters = {**rope, **text_encoder.config.rope_parameters}
         self.model = Qwen3VLModel.from_pretrained(self.name, config=self.config, dtype=text_encoder.dtype)
-        try:
-            self.model.language_model.load_state_dict(text_encoder.base_model.state_dict(), strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"The text encoder's weights do not fit the VLM {self.name}: {error}") from error
+        ours, theirs = self.model.language_model, text_encoder.base_model
+        shapes = {name: p.shape for name, p in ours.named_parameters()}
+        # a weight of 4 bits is packed and has no shape of its own
+        given = {name: p.shape if p.is_floating_point() else shapes.get(name) for name, p in theirs.named_parameters()}
+        unmatched = sorted({name for name, _ in shapes.items() ^ given.items()})
+        if unmatched:
+            raise ValueError(f"The text encoder's weights do not fit the VLM {self.name}; in one of them missing, or of another shape: {unmatched}.")
+        # whole layers, not tensors: quantised ones bring their own kind of layer
+        for name, layer in list(theirs.named_modules()):
+            if layer._parameters:
+                ours.set_submodule(name, layer)
         self.model.to(text_encoder.device).eval().requires_grad_(False)
         self.verify(text_encoder)
 

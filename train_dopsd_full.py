@@ -56,6 +56,7 @@ import unittest.mock
 import weakref
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import psutil
 import torch
@@ -123,8 +124,10 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 FIXED_ON_RESUME = {
     "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam", "optimizer", "stochastic_rounding",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
+    "encoder_quantization",
 }  # fmt: skip
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
+QUANTIZATIONS = ["nf4", "int8", "fp8"]
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -142,7 +145,9 @@ def add_model_arguments(parser):
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
         "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
     add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
-        "shorter teacher context. Default: the family's.")  # fmt: skip
+        "shorter teacher context. Default: the family's.")
+    add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold the text encoder, and so the VLM's language model, in 4 bits (nf4: "
+        "bitsandbytes) or 8 bits (int8, fp8: torchao) while contexts are encoded.")  # fmt: skip
 
 
 def add_data_arguments(parser):
@@ -526,6 +531,8 @@ class ContextCache:
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix]
+        if args.encoder_quantization:
+            self.models.append(args.encoder_quantization)
         if args.teacher_context == "vlm":
             patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
             self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
@@ -587,6 +594,31 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
+def check_quantization(args):
+    """Raises ValueError where a quantisation cannot work on this machine."""
+    for flag in ("quantization", "encoder_quantization"):
+        kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
+        if kind and args.mixed_precision != "bf16":
+            raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
+        if kind == "nf4" and not is_bitsandbytes_available():
+            raise ValueError(f"--{flag} nf4 needs bitsandbytes: pip install bitsandbytes.")
+        if kind in ("int8", "fp8") and not is_torchao_available():
+            raise ValueError(f"--{flag} {kind} needs torchao: pip install torchao.")
+
+
+def quantization_config(component, kind, library):
+    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
+    if not kind:
+        return None
+    if kind == "nf4":
+        config = library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+    return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
+
+
 def encode_batch(pipeline, args, cache, dataset, pairs):
     """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
     rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
@@ -616,13 +648,14 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
+        quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
         **({} if sees_references(args) else {"vae": None}),
     ).to(accelerator.device)
     if args.teacher_context == "vlm":
         pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for pairs in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
-        mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    for group in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
+        mine = group[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(range(0, len(mine), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
             encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
     del pipeline
@@ -1165,6 +1198,7 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    check_quantization(args)
     if args.attention_backend:
         try:
             with attention_backend(args.attention_backend):
@@ -1212,9 +1246,14 @@ def make_accelerator(args):
     return accelerator
 
 
+def repeated_blocks(transformer):
+    """The blocks that most of `transformer` consists of, in the order of the model."""
+    return [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+
+
 def save_memory_and_time(transformer, args):
     """What the flags of gradient checkpointing, attention and compilation ask for."""
-    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+    blocks = repeated_blocks(transformer)
     recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
 
     def run(block, *inputs):
@@ -1228,7 +1267,7 @@ def save_memory_and_time(transformer, args):
         transformer.compile_repeated_blocks()
 
 
-def load_for_training(family, args, accelerator, quantization_config=None):
+def load_for_training(family, args, quantization_config=None):
     """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -1245,11 +1284,15 @@ def load_for_training(family, args, accelerator, quantization_config=None):
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
+    return pipeline
+
+
+def place_for_training(pipeline, args, accelerator):
+    """Moves the pipeline to the accelerator and makes it compute as the flags say."""
     pipeline.to(accelerator.device)
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
-    return pipeline
 
 
 def build_without_weights(family, args):
@@ -1422,7 +1465,7 @@ def estimate_full_memory(pipeline, batch, args, accelerator):
     activations = memory.peak - memory.held - sum(p.grad.nbytes for p in parameters if p.grad is not None)
     if not args.stochastic_rounding and args.mixed_precision != "no":
         # autocast's copies of the fp32 weights live until the backward of what they computed
-        blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+        blocks = repeated_blocks(transformer)
         sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
         recomputed = math.ceil(args.checkpointed_blocks * len(blocks)) if args.gradient_checkpointing else 0
         activations += sum(p.nbytes for p in parameters) - sum(sizes[:recomputed]) + max([0, *sizes[:recomputed]])
@@ -1459,7 +1502,7 @@ def check_finite(losses, grad_norm=0.0):
 def log_steps(pending, started, bar, args, accelerator):
     """Logs the steps since `started`: `pending` holds of each the step, the losses (K,), the gradient norm and the learning rate.
 
-    The tensors are read here and at no other place, so that the device waits for nothing in between.
+    Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
     table = torch.stack([torch.cat([losses, norm.view(1)]) for _, losses, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
@@ -1601,7 +1644,8 @@ def main(args):
         estimate = estimate_full_memory(planned, first_batch(planned, dataset, cache, args), args, accelerator)
         report_memory(estimate, full_savings(args), accelerator)
 
-    pipeline = load_for_training(family, args, accelerator)
+    pipeline = load_for_training(family, args)
+    place_for_training(pipeline, args, accelerator)
     teacher = FullTeacher(pipeline.transformer, args, accelerator)
     make_trainable(pipeline, args)
     optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args)

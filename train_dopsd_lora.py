@@ -55,6 +55,7 @@ import unittest.mock
 import weakref
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import psutil
 import torch
@@ -65,7 +66,7 @@ from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfigurati
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
-from diffusers import BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig, TorchAoConfig
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
@@ -117,11 +118,13 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 FIXED_ON_RESUME = {
     "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
+    "encoder_quantization",
     "quantization",
 }  # fmt: skip
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
+QUANTIZATIONS = ["nf4", "int8", "fp8"]
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -139,7 +142,9 @@ def add_model_arguments(parser):
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
         "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
     add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
-        "shorter teacher context. Default: the family's.")  # fmt: skip
+        "shorter teacher context. Default: the family's.")
+    add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold the text encoder, and so the VLM's language model, in 4 bits (nf4: "
+        "bitsandbytes) or 8 bits (int8, fp8: torchao) while contexts are encoded.")  # fmt: skip
 
 
 def add_data_arguments(parser):
@@ -227,8 +232,10 @@ def add_lora_arguments(parser):
     add("--rank", type=int, default=64)
     add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
-    add("--quantization", choices=["nf4", "int8", "fp8"], help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
+    add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
         "bitsandbytes) or 8 bits (int8, fp8: torchao). Use it with --gradient_checkpointing.")
+    add("--offloaded_blocks", type=float, default=0.0, help="Share of the blocks whose frozen weights stay in the computer's memory and "
+        "visit the GPU in their turn: less memory, slower. Needs --gradient_checkpointing.")
     add("--lora_layers", help="Endings or beginnings of layer names, with commas: to_q, or context_refiner. Default: "
         "attention and feed-forward of all blocks.")
 
@@ -273,6 +280,12 @@ def parse_args(input_args=None):
     args.lora_alpha = args.lora_alpha or args.rank
     if args.rank < 1:
         parser.error(f"--rank must be at least 1, not {args.rank}")
+    recomputed = args.checkpointed_blocks if args.gradient_checkpointing else 0.0
+    if not 0.0 <= args.offloaded_blocks <= recomputed:
+        parser.error(f"--offloaded_blocks must be between 0 and the share of recomputed blocks ({recomputed}; see --gradient_checkpointing "
+                     f"and --checkpointed_blocks), not {args.offloaded_blocks}")
+    if args.offloaded_blocks and (args.quantization or args.compile_blocks):
+        parser.error("--offloaded_blocks goes neither with --quantization nor with --compile_blocks")
     return args
 
 
@@ -510,6 +523,8 @@ class ContextCache:
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix]
+        if args.encoder_quantization:
+            self.models.append(args.encoder_quantization)
         if args.teacher_context == "vlm":
             patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
             self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
@@ -571,6 +586,31 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
+def check_quantization(args):
+    """Raises ValueError where a quantisation cannot work on this machine."""
+    for flag in ("quantization", "encoder_quantization"):
+        kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
+        if kind and args.mixed_precision != "bf16":
+            raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
+        if kind == "nf4" and not is_bitsandbytes_available():
+            raise ValueError(f"--{flag} nf4 needs bitsandbytes: pip install bitsandbytes.")
+        if kind in ("int8", "fp8") and not is_torchao_available():
+            raise ValueError(f"--{flag} {kind} needs torchao: pip install torchao.")
+
+
+def quantization_config(component, kind, library):
+    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
+    if not kind:
+        return None
+    if kind == "nf4":
+        config = library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+    return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
+
+
 def encode_batch(pipeline, args, cache, dataset, pairs):
     """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
     rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
@@ -600,13 +640,14 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
         revision=args.revision,
         variant=args.variant,
         dtype=weight_dtype_of(args),
+        quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
         **({} if sees_references(args) else {"vae": None}),
     ).to(accelerator.device)
     if args.teacher_context == "vlm":
         pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for pairs in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
-        mine = pairs[accelerator.process_index :: accelerator.num_processes]
+    for group in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
+        mine = group[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(range(0, len(mine), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
             encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
     del pipeline
@@ -1111,6 +1152,7 @@ def check_inputs(args):
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    check_quantization(args)
     if args.attention_backend:
         try:
             with attention_backend(args.attention_backend):
@@ -1158,9 +1200,14 @@ def make_accelerator(args):
     return accelerator
 
 
+def repeated_blocks(transformer):
+    """The blocks that most of `transformer` consists of, in the order of the model."""
+    return [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+
+
 def save_memory_and_time(transformer, args):
     """What the flags of gradient checkpointing, attention and compilation ask for."""
-    blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+    blocks = repeated_blocks(transformer)
     recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
 
     def run(block, *inputs):
@@ -1174,7 +1221,7 @@ def save_memory_and_time(transformer, args):
         transformer.compile_repeated_blocks()
 
 
-def load_for_training(family, args, accelerator, quantization_config=None):
+def load_for_training(family, args, quantization_config=None):
     """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -1191,11 +1238,15 @@ def load_for_training(family, args, accelerator, quantization_config=None):
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
+    return pipeline
+
+
+def place_for_training(pipeline, args, accelerator):
+    """Moves the pipeline to the accelerator and makes it compute as the flags say."""
     pipeline.to(accelerator.device)
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
-    return pipeline
 
 
 def build_without_weights(family, args):
@@ -1219,29 +1270,40 @@ def find_lora_targets(pipeline, args):
     return pipeline.lora_targets(pipeline.transformer, args.lora_layers.split(",") if args.lora_layers else None)
 
 
-def check_quantization(args):
-    """Raises ValueError where --quantization cannot work on this machine."""
-    if not args.quantization:
-        return
-    if args.mixed_precision != "bf16":
-        raise ValueError(f"--quantization {args.quantization} computes in bf16: give --mixed_precision bf16.")
-    if args.quantization == "nf4" and not (torch.cuda.is_available() and is_bitsandbytes_available()):
-        raise ValueError("--quantization nf4 needs a GPU and bitsandbytes (pip install bitsandbytes).")
-    if args.quantization != "nf4" and not is_torchao_available():
-        raise ValueError(f"--quantization {args.quantization} needs torchao: pip install torchao.")
+def check_place_of_weights(args):
+    """Raises ValueError where diffusers cannot quantise the transformer on this machine."""
+    if args.quantization == "nf4" and not torch.cuda.is_available():
+        raise ValueError("--quantization nf4 needs a GPU; int8 does not.")
 
 
-def make_quantization_config(args):
-    """How the frozen transformer is held, or None for the dtype of mixed precision."""
-    if not args.quantization:
-        return None
-    if args.quantization == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+def offloaded_blocks(transformer, args):
+    """The blocks that --offloaded_blocks asks for; they are among those that are recomputed."""
+    blocks = repeated_blocks(transformer)
+    return blocks[: math.ceil(args.offloaded_blocks * len(blocks))]
 
-        config = TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[args.quantization]())
-    return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+
+def offload_blocks(blocks, device):
+    """Keeps the weights of `blocks` in the computer's memory; each block's visit `device` while it computes.
+
+    Empty weights stand on `device` in between. What the backward of a recomputed block needs, its graph holds.
+    """
+    for block in blocks:
+        home = [(layer, name, p.data) for layer in block.modules() for name, p in layer.named_parameters(recurse=False)]
+        if device.type == "cuda":
+            home = [(layer, name, weight.pin_memory()) for layer, name, weight in home]
+
+        def fetch(*_, home=home):
+            for layer, name, weight in home:
+                setattr(layer, name, torch.nn.Parameter(weight.to(device, non_blocking=True, copy=True), requires_grad=False))
+
+        def release(*_, home=home):
+            for layer, name, weight in home:
+                setattr(layer, name, torch.nn.Parameter(weight.new_empty(0, device=device), requires_grad=False))
+
+        release()
+        block.register_forward_pre_hook(fetch)
+        # a recomputation ends with an exception as soon as all that the backward needs is there
+        block.register_forward_hook(release, always_call=True)
 
 
 def add_lora(pipeline, targets, args):
@@ -1342,12 +1404,14 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
     count = sum(p.numel() for p in parameters)
     bytes_of = QUANTIZED_BYTES.get(args.quantization)
     weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
+    away = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in offloaded_blocks(transformer, args)]
+    weights -= sum(away) - max(away, default=0)  # one at a time visits
     # a quantised matrix is multiplied in half precision; torchao's stay so until the backward of their block
     unpacked = 0
     if args.quantization == "nf4":
         unpacked = max(p.numel() for p in frozen)
     elif args.quantization:
-        blocks = [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+        blocks = repeated_blocks(transformer)
         unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return {
         "weights": int(weights),
@@ -1382,6 +1446,7 @@ def lora_savings(args):
         "--quantization int8": args.quantization,
         "--quantization nf4": args.quantization == "nf4",
         "--rank 16": args.rank <= 16,
+        "--offloaded_blocks 0.5": args.offloaded_blocks or args.quantization or args.compile_blocks,
         "a lower --resolution": False,
     }
     return [flag for flag, given in every.items() if not given]
@@ -1417,7 +1482,7 @@ def check_finite(losses, grad_norm=0.0):
 def log_steps(pending, started, bar, args, accelerator):
     """Logs the steps since `started`: `pending` holds of each the step, the losses (K,), the gradient norm and the learning rate.
 
-    The tensors are read here and at no other place, so that the device waits for nothing in between.
+    Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
     table = torch.stack([torch.cat([losses, norm.view(1)]) for _, losses, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
@@ -1499,7 +1564,7 @@ def main(args):
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         with accelerator.main_process_first():
-            check_quantization(args)
+            check_place_of_weights(args)
             family, dataset, checkpoint, pairs = check_inputs(args)
             planned = build_without_weights(family, args)
             targets = find_lora_targets(planned, args)
@@ -1510,7 +1575,9 @@ def main(args):
     estimate = estimate_memory(planned, targets, first_batch(planned, dataset, cache, args), args, accelerator)
     report_memory(estimate, lora_savings(args), accelerator)
 
-    pipeline = load_for_training(family, args, accelerator, make_quantization_config(args))
+    pipeline = load_for_training(family, args, quantization_config("transformer", args.quantization, diffusers))
+    offload_blocks(offloaded_blocks(pipeline.transformer, args), accelerator.device)
+    place_for_training(pipeline, args, accelerator)
     names, parameters = add_lora(pipeline, targets, args)
     count = sum(p.numel() for p in parameters)
     logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")

@@ -1,7 +1,10 @@
 """Memory that training takes, computed from model configs alone; prints the README's tables.
 
     python examples/benchmarks/memory.py          # full fine-tuning: what is held besides activations
-    python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/
+    python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/, and which fit this GPU
+    python examples/benchmarks/memory.py lora --recipe z_image_turbo_24gb --offloaded_blocks 0.2   # one, with further flags
+    python examples/benchmarks/memory.py lora --gpu_gib 16                       # which fit a card of that size
+    python examples/benchmarks/memory.py encoders # weights of text encoder and VLM while contexts are encoded
 """
 
 import argparse
@@ -13,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,6 +59,19 @@ def parameters_of(model_class, config):
         return list(model_class(**config).parameters())
 
 
+# what the configs of Qwen3-VL-4B-Instruct and -8B-Instruct say
+ENCODERS = {
+    "Qwen3-VL-4B": (
+        {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728},
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
+    ),
+    "Qwen3-VL-8B": (
+        {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12288},
+        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+    ),
+}  # fmt: skip
+CONTEXT_GIB = 1.0  # of CUDA itself and of what its allocator cannot use
+
 # name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
 LORA_MODELS = {
     "z_image_turbo": ("Z-Image-Turbo", DOPSDZImagePipeline, (16, 128, 128), (124, 700), 2560),
@@ -62,10 +79,10 @@ LORA_MODELS = {
 }
 
 
-def recipe_args(path):
-    """Arguments of train_dopsd_lora.py in a recipe."""
+def recipe_args(path, more=()):
+    """Arguments of train_dopsd_lora.py in a recipe, with `more` flags."""
     command = path.read_text().split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ").replace('"$@"', "")
-    return lora.parse_args(shlex.split(command))
+    return lora.parse_args([*shlex.split(command), *more])
 
 
 def lora_bytes(family, transformer, noise, contexts, args):
@@ -79,13 +96,32 @@ def lora_bytes(family, transformer, noise, contexts, args):
     return lora.estimate_memory(pipeline, targets, (noise, *contexts), args, Accelerator())
 
 
-def print_lora():
+def encoder_bytes(name, quantization):
+    """Bytes of the weights of text encoder and VLM, which share the language model; its matrices can be quantised."""
+    text, vision = ENCODERS[name]
+    with torch.device("meta"):
+        model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+    layers = [layer for layer in model.language_model.modules() if isinstance(layer, torch.nn.Linear)]
+    matrices = sum(layer.weight.numel() for layer in layers)
+    rest = sum(p.numel() for p in model.parameters()) - matrices
+    return 2 * rest + lora.QUANTIZED_BYTES.get(quantization, 2) * matrices
+
+
+def print_encoders(args, more):
+    print("| encoder, GiB | bf16 | `--encoder_quantization int8` | `--encoder_quantization nf4` |\n|---|---|---|---|")
+    for name in ENCODERS:
+        cells = [f"{encoder_bytes(name, quantization) / 2**30:.1f}" for quantization in (None, "int8", "nf4")]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def print_lora(options, more):
+    fitting = {}
     print("| recipe | flags | weights | LoRA | activations | peak, GiB |\n|---|---|---|---|---|---|")
     for path in sorted(
-        RECIPES.glob("*.sh"), key=lambda p: (re.sub(r"_\d+gb", "", p.stem), -int(re.search(r"(\d+)gb", p.stem)[1]))
+        RECIPES.glob(f"{options.recipe}.sh"), key=lambda p: (re.sub(r"_\d+gb", "", p.stem), -int(re.search(r"(\d+)gb", p.stem)[1]))
     ):
         name, family, latents, tokens, width = LORA_MODELS[re.sub(r"_\d+gb", "", path.stem)]
-        args = recipe_args(path)
+        args = recipe_args(path, more)
         with torch.device("meta"):
             transformer = MODELS[name][0](**MODELS[name][1]).to(torch.bfloat16)
             noise = torch.empty(args.train_batch_size, *latents)
@@ -93,12 +129,17 @@ def print_lora():
                 [{"prompt_embeds": torch.empty(n, width, dtype=torch.bfloat16)} for _ in noise] for n in tokens
             ]
         estimate = lora_bytes(family, transformer, noise, contexts, args)
-        flags = path.read_text().split("--resolution 1024 ")[1].replace("\\\n ", "").replace('"$@"', "").strip()
+        flags = path.read_text().split("--resolution 1024 ")[1].replace("\\\n", "").replace('"$@"', " ".join(more))
         cells = [f"{size / 2**30:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
-        print(f"| {path.name} | `{flags}` | {' | '.join(cells)} |", flush=True)
+        print(f"| {path.name} | `{' '.join(flags.split())}` | {' | '.join(cells)} |", flush=True)
+        fits = options.gpu_gib and sum(estimate.values()) / 2**30 + CONTEXT_GIB <= options.gpu_gib
+        fitting[name] = fitting.get(name) or (path.name if fits else None)
+    if options.gpu_gib:
+        for name, recipe in fitting.items():
+            print(f"For {name} on {options.gpu_gib:.1f} GiB: {recipe or 'none of these'}")
 
 
-def print_full():
+def print_full(args, more):
     parameters = {name: parameters_of(*model) for name, model in MODELS.items()}
     counts = {name: sum(p.numel() for p in ps) for name, ps in parameters.items()}
     names = [f"{name} ({count / 1e9:.2f} B)" for name, count in counts.items()]
@@ -119,8 +160,13 @@ def print_full():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["full", "lora"], default="full")
-    {"full": print_full, "lora": print_lora}[parser.parse_args().what]()
+    parser.add_argument("what", nargs="?", choices=["full", "lora", "encoders"], default="full")
+    parser.add_argument("--gpu_gib", type=float, help="memory of the card; by default that of the first GPU, if there is one")
+    parser.add_argument("--recipe", default="*", help="name of a file in examples/recipes/ without .sh")
+    options, more = parser.parse_known_args()
+    if options.gpu_gib is None and torch.cuda.is_available():
+        options.gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    {"full": print_full, "lora": print_lora, "encoders": print_encoders}[options.what](options, more)
 
 
 if __name__ == "__main__":

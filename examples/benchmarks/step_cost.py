@@ -61,6 +61,7 @@ class Bench:
             torch.nn.init.normal_(getattr(transformer, name))
         transformer.requires_grad_(False)
         self.pipeline = DOPSDZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None, transformer)
+        dopsd.offload_blocks(dopsd.offloaded_blocks(transformer, args), device)
         _, self.parameters = dopsd.add_lora(self.pipeline, self.pipeline.lora_targets(transformer), args)
         dopsd.save_memory_and_time(transformer, args)
         self.args, self.transformer = args, transformer
