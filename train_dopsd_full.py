@@ -602,6 +602,8 @@ def check_quantization(args):
             raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
         if kind == "nf4" and not is_bitsandbytes_available():
             raise ValueError(f"--{flag} nf4 needs bitsandbytes: pip install bitsandbytes.")
+        if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
+            raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
         if kind in ("int8", "fp8") and not is_torchao_available():
             raise ValueError(f"--{flag} {kind} needs torchao: pip install torchao.")
 

@@ -594,6 +594,8 @@ def check_quantization(args):
             raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
         if kind == "nf4" and not is_bitsandbytes_available():
             raise ValueError(f"--{flag} nf4 needs bitsandbytes: pip install bitsandbytes.")
+        if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
+            raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
         if kind in ("int8", "fp8") and not is_torchao_available():
             raise ValueError(f"--{flag} {kind} needs torchao: pip install torchao.")
 
@@ -1270,12 +1272,6 @@ def find_lora_targets(pipeline, args):
     return pipeline.lora_targets(pipeline.transformer, args.lora_layers.split(",") if args.lora_layers else None)
 
 
-def check_place_of_weights(args):
-    """Raises ValueError where diffusers cannot quantise the transformer on this machine."""
-    if args.quantization == "nf4" and not torch.cuda.is_available():
-        raise ValueError("--quantization nf4 needs a GPU; int8 does not.")
-
-
 def offloaded_blocks(transformer, args):
     """The blocks that --offloaded_blocks asks for; they are among those that are recomputed."""
     blocks = repeated_blocks(transformer)
@@ -1564,7 +1560,6 @@ def main(args):
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         with accelerator.main_process_first():
-            check_place_of_weights(args)
             family, dataset, checkpoint, pairs = check_inputs(args)
             planned = build_without_weights(family, args)
             targets = find_lora_targets(planned, args)

@@ -543,8 +543,11 @@ def new_transformer(args):
         in_channels=8, dim=192, n_layers=6, n_refiner_layers=1, n_heads=6, n_kv_heads=6, cap_feat_dim=128,
         axes_dims=[8, 12, 12], axes_lens=[512, 64, 64],
     )  # fmt: skip
-    transformer.to(device())
-    transformer.compile_repeated_blocks(dynamic=False)
+    return compiled(transformer)
+
+
+def compiled(transformer):
+    transformer.to(device()).compile_repeated_blocks(dynamic=False)
     return transformer
 
 
@@ -588,15 +591,13 @@ def stage_base(args):
 
 def save_transformer(transformer, folder):
     """Saved without the prefix that compiled blocks put before their names."""
-    plain = ZImageTransformer2DModel.from_config(transformer.config)
+    plain = type(transformer).from_config(transformer.config)
     plain.load_state_dict({k.replace("_orig_mod.", ""): v for k, v in transformer.state_dict().items()})
     plain.save_pretrained(folder)
 
 
-def load_transformer(args, name):
-    transformer = ZImageTransformer2DModel.from_pretrained(args.work_dir / name / "model").to(device())
-    transformer.compile_repeated_blocks(dynamic=False)
-    return transformer
+def load_transformer(args, name, kind=ZImageTransformer2DModel):
+    return compiled(kind.from_pretrained(args.work_dir / name / "model"))
 
 
 def grid(steps):
@@ -660,13 +661,17 @@ def stage_distill(args):
 
 
 # ------------------------------------------------------------------------------------------------------------- export
-def assemble(args, name):
-    """ZImagePipeline of the transformer called `name` (`base` or `distilled`)."""
-    vlm = load_vlm(args).cpu()
+def text_encoder_config(vlm):
     text = vlm.config.text_config.to_dict()
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings", "pad_token_id")  # fmt: skip
-    text_encoder = Qwen3Model(Qwen3Config(**{k: text[k] for k in keys}, rope_parameters=ROPE, tie_word_embeddings=True))
+    return Qwen3Config(**{k: text[k] for k in keys}, rope_parameters=ROPE, tie_word_embeddings=True)
+
+
+def assemble(args, name):
+    """ZImagePipeline of the transformer called `name` (`base` or `distilled`)."""
+    vlm = load_vlm(args).cpu()
+    text_encoder = Qwen3Model(text_encoder_config(vlm))
     text_encoder.load_state_dict(vlm.model.language_model.state_dict())
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -1,13 +1,15 @@
 """D-OPSD, SFT and DreamBooth on every concept of the miniature, each at the same three learning rates; and the control.
 
     python examples/miniature/compare.py --work_dir build/compare
+    python examples/miniature/compare.py --work_dir build/compare_klein --model klein --seeds 4
 
-All methods train the same LoRA (the layers through which the text reaches the network, the context refiner) at the same
-rank with the same optimiser, batch, pictures and captions, and get the same number of transformer passes (a forward or a
+All methods train the same LoRA (the layers through which the text reaches the network: the context refiner of Z-Image, the
+text half of klein's double-stream blocks) at the same rank with the same optimiser, batch, pictures and captions, and get the same number of transformer passes (a forward or a
 backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher forward, student forward and backward at each
 state), an SFT step 2, a DreamBooth step 4. With prior prompts, a third of the D-OPSD steps is on those. Each method's learning
 rate is picked by the same rule, the highest sum of concept accuracy and unrelated accuracy. The control is D-OPSD whose
-teacher is shown pictures of ANOTHER concept. Finished runs are kept in --work_dir and not run again.
+teacher is shown pictures of ANOTHER concept. On klein, D-OPSD has four teachers: they see the picture in the multimodal context
+or as a reference image, the training picture itself or another one of the set; all with prior prompts. Finished runs are kept in --work_dir and not run again.
 """
 
 import argparse
@@ -26,13 +28,18 @@ from evaluate import HERE, STEPS, concept_accuracy, load_pipeline, spread, unrel
 from judge import Judge
 
 
-RATES = (3e-4, 1e-3, 3e-3)
-PASSES = {"dopsd": 12, "prior": 12, "control": 12, "sft": 2, "dreambooth": 4}
+PASSES = {"sft": 2, "dreambooth": 4}  # of the transformer, per image and step; D-OPSD's methods take 12
 NAMES = {
     "dopsd": "D-OPSD", "prior": "D-OPSD with prior prompts", "sft": "SFT", "dreambooth": "DreamBooth",
-    "control": "D-OPSD, teacher shown wrong pictures",
+    "control": "D-OPSD, teacher shown wrong pictures", "vlm_target": "D-OPSD, vlm, target", "vlm_other": "D-OPSD, vlm, other",
+    "edit_target": "D-OPSD, edit, target", "edit_other": "D-OPSD, edit, other",
 }  # fmt: skip
-METHODS = ("dopsd", "prior", "sft", "dreambooth")
+METHODS = {"model": ("dopsd", "prior", "sft", "dreambooth"), "klein": ("sft", "vlm_target", "vlm_other", "edit_target", "edit_other")}
+LAYERS = {
+    "model": ["context_refiner"],
+    "klein": ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.linear_in", "ff_context.linear_out"],
+}  # fmt: skip
+CONTROLLED = {"model": "dopsd", "klein": "vlm_target"}
 
 
 def wrong_folder(name, folder):
@@ -60,15 +67,18 @@ def train(job):
         data = HERE / "concepts" / name
         if method == "control":
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
-        flags = ["--pretrained_model_name_or_path", HERE / "model", "--vlm_model_name_or_path", HERE / "vlm"]
+        flags = ["--pretrained_model_name_or_path", HERE / args.model, "--vlm_model_name_or_path", HERE / "vlm"]
         flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
-        flags += ["--rank", 16, "--lora_layers", "context_refiner", "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
-        flags += ["--max_train_steps", args.steps * PASSES["dopsd"] // PASSES[method], "--report_to", "none"]
+        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
+        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--report_to", "none"]
         flags += ["--lr_scheduler", "cosine", "--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
-        if method in ("dopsd", "prior", "control"):
+        if method not in PASSES:
             flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
-        if method == "prior":
+        if method == "prior" or (args.model == "klein" and method not in PASSES):
             flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
+        if "_" in method:
+            context, image = method.split("_")
+            flags += ["--teacher_context", context, "--teacher_image", image, "--teacher_prompt_suffix", ""]
         if method == "dreambooth":
             flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
         module = train_sft if method in ("sft", "dreambooth") else train_dopsd_lora
@@ -81,7 +91,7 @@ def run(job):
     folder, (_, name, _, args) = train(job), job
     record = folder / "figures.json"
     if not record.exists():
-        judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder)
+        judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder, HERE / args.model)
         results, images = concept_accuracy(pipeline, judge, CONCEPTS[name], range(args.seeds))
         Image.fromarray(np.concatenate(images[0][:12], 1)).save(folder / "concept.png")
         figures = {"concept": [share for share, _ in results], **unrelated_accuracy(pipeline, judge, range(args.seeds))}
@@ -89,14 +99,16 @@ def run(job):
     return job[:3], json.loads(record.read_text())
 
 
-def best_rate(results, method, name):
+def best_rate(results, method, name, rates):
     """The rate with the highest sum of concept and unrelated accuracy."""
-    return max(RATES, key=lambda r: sum(np.mean(results[method, name, r][k]) for k in ("concept", "right")))
+    return max(rates, key=lambda r: sum(np.mean(results[method, name, r][k]) for k in ("concept", "right")))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/compare"))
+    parser.add_argument("--model", choices=list(METHODS), default="model", help="the Z-Image miniature or the klein miniature")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--steps", type=int, default=120, help="D-OPSD steps; the others get the same transformer passes")
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--seeds", type=int, default=8)
@@ -105,32 +117,32 @@ def main():
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
-    results = {}
-    jobs = [(method, name, rate, args) for method in METHODS for name in CONCEPTS for rate in RATES]
+    results, methods, controlled = {}, METHODS[args.model], CONTROLLED[args.model]
+    jobs = [(method, name, rate, args) for method in methods for name in CONCEPTS for rate in args.rates]
     processes = max(1, multiprocessing.cpu_count() // args.threads)
     # a fresh process for each run: accelerate keeps global state
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
             results[key] = figures
             print(key, {k: round(float(np.mean(v)), 3) for k, v in figures.items()}, flush=True)
-        controls = [("control", name, best_rate(results, "dopsd", name), args) for name in CONCEPTS]
+        controls = [("control", name, best_rate(results, controlled, name, args.rates), args) for name in CONCEPTS]
         for key, figures in pool.imap_unordered(run, controls, chunksize=1):
             results[key] = figures
 
     print("\n| concept | method | learning rate | concept right | unrelated prompts right | fine detail | Frechet distance |")
     print("|---|---|---|---|---|---|---|")
     for name in CONCEPTS:
-        for method in (*METHODS, "control"):
-            rate = best_rate(results, "dopsd" if method == "control" else method, name)
+        for method in (*methods, "control"):
+            rate = best_rate(results, controlled if method == "control" else method, name, args.rates)
             f = results[method, name, rate]
             row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["right"])]
             row += [f"{f['detail']:.2f}", f"{f['frechet']:.0f}"]
             print(f"| {' | '.join(row)} |")
     print("\nAll learning rates: concept right / unrelated prompts right, per cent\n")
-    print("| concept | method | " + " | ".join(f"{r:g}" for r in RATES) + " |\n|---|---|---|---|---|")
+    print("| concept | method | " + " | ".join(f"{r:g}" for r in args.rates) + " |\n|---|---" + "|---" * len(args.rates) + "|")
     for name in CONCEPTS:
-        for method in METHODS:
-            cells = [results[method, name, r] for r in RATES]
+        for method in methods:
+            cells = [results[method, name, r] for r in args.rates]
             cells = [f"{100 * np.mean(c['concept']):.0f} / {100 * np.mean(c['right']):.0f}" for c in cells]
             print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
 

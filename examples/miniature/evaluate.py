@@ -21,7 +21,7 @@ from judge import Judge, accuracy, frechet
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from pipeline_dopsd import DOPSDZImagePipeline  # noqa: E402
+from pipeline_dopsd import family_of  # noqa: E402
 
 
 STEPS = 4
@@ -30,7 +30,7 @@ UNRELATED = ["shape", "colour", "pattern", "background", "position"]
 
 def load_pipeline(lora=None, folder=HERE / "model"):
     """The miniature in fp32, with the LoRA of a training folder if one is given."""
-    pipeline = DOPSDZImagePipeline.from_pretrained(folder, dtype=torch.float32, num_inference_steps=STEPS)
+    pipeline = family_of(str(folder)).from_pretrained(folder, dtype=torch.float32, num_inference_steps=STEPS)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(str(lora))
@@ -39,20 +39,21 @@ def load_pipeline(lora=None, folder=HERE / "model"):
 
 @torch.no_grad()
 def sample(pipeline, contexts, seed, steps=STEPS, negative=None, guidance=0.0):
-    """One picture (64, 64, 3) of uint8 per context; the noise of picture i depends on (seed, i) alone."""
+    """One picture (64, 64, 3) of uint8 per context; the noise of picture i depends on (seed, i) alone. Guidance: Z-Image alone."""
     size, images = world.RESOLUTION, []
     for start in range(0, len(contexts), 64):
         chunk = contexts[start : start + 64]
         generators = [torch.Generator().manual_seed(10_000 * seed + start + i) for i in range(len(chunk))]
         noise = torch.cat([pipeline.initial_noise(size, size, g) for g in generators])
-        extra = {"negative_prompt_embeds": [negative[0]["prompt_embeds"]] * len(chunk)} if guidance else {}
-        images.append(
-            pipeline(
-                prompt_embeds=[c["prompt_embeds"] for c in chunk], latents=noise, height=size, width=size, num_inference_steps=steps,
-                guidance_scale=guidance, output_type="np", **extra,
-            ).images
-        )  # fmt: skip
-    return list((np.concatenate(images) * 255).round().astype(np.uint8))
+        if guidance:
+            embeds, unwanted = ([c["prompt_embeds"] for c in cs] for cs in (chunk, negative * len(chunk)))
+            images += pipeline(
+                prompt_embeds=embeds, negative_prompt_embeds=unwanted, latents=noise, height=size, width=size,
+                num_inference_steps=steps, guidance_scale=guidance,
+            ).images  # fmt: skip
+        else:
+            images += pipeline.sample(pipeline.transformer, chunk, noise, steps)
+    return [np.asarray(image) for image in images]
 
 
 def captions(scenes, concept=None):
@@ -93,46 +94,45 @@ def unrelated_accuracy(pipeline, judge, seeds):
     return {"right": shares, "frechet": frechet(judge, flat, real), "detail": detail(flat) / detail(real)}
 
 
-def teacher_contexts(pipeline, concept, pictures=None):
-    """Contexts of the held-out prompts with training picture i mod 4; `pictures` replaces them (for the control)."""
-    pictures = pictures or training_pictures(concept)
-    prompts = captions(held_out_scenes(concept), concept)
-    return pipeline.encode_teacher(prompts, [pictures[i % len(pictures)] for i in range(len(prompts))])
+def teacher_contexts(pipeline, concept, teacher_context="vlm"):
+    """Contexts of the held-out prompts with training picture i mod 4."""
+    pictures, prompts = training_pictures(concept), captions(held_out_scenes(concept), concept)
+    return pipeline.encode_teacher(prompts, [pictures[i % len(pictures)] for i in range(len(prompts))], teacher_context)
 
 
 def report_teacher(args):
-    judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline()
+    judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder=args.model)
     pipeline.load_multimodal_encoder(str(HERE / "vlm"))
     candidates = dict(CONCEPTS)
     if args.all:
         for shape in world.PICTURED_SHAPES + world.NEW_SHAPES:
             candidates[f"green rings {shape}"] = replace(CONCEPTS["arrow"], shape=shape, colour="green", pattern="rings")
-    print("| concept | student | teacher | teacher: each attribute |\n|---|---|---|---|")
+    print("| concept | context | right | each attribute |\n|---|---|---|---|")
     for name, concept in candidates.items():
-        student, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds))
-        teacher, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds), teacher_contexts(pipeline, concept))
-        each = {a: np.mean([shares[a] for _, shares in teacher]) for a in ("shape", "colour", "pattern", *concept.shows)}
-        each = ", ".join(f"{a} {100 * v:.0f}" for a, v in each.items())
-        print(f"| {name} | {spread([s for s, _ in student])} | {spread([s for s, _ in teacher])} | {each} |", flush=True)
+        contexts = {"student": None, **{f"teacher, {c}": teacher_contexts(pipeline, concept, c) for c in pipeline.teacher_contexts}}
+        for who, context in contexts.items():
+            results, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds), context)
+            each = {a: np.mean([shares[a] for _, shares in results]) for a in ("shape", "colour", "pattern", *concept.shows)}
+            each = ", ".join(f"{a} {100 * v:.0f}" for a, v in each.items())
+            print(f"| {name} | {who} | {spread([s for s, _ in results])} | {each} |", flush=True)
     kept = unrelated_accuracy(pipeline, judge, range(args.seeds))
     print(f"\nunrelated prompts: {spread(kept['right'])} right, Frechet distance {kept['frechet']:.0f}, detail {kept['detail']:.2f}")
 
 
 def report_gap(args):
-    """The base at 50 steps with guidance, the base at 4 steps with and without, the step-distilled model at 4 steps."""
+    """The base at 50 steps and at 4, with guidance (Z-Image alone) and without; the step-distilled model at 4 steps."""
     judge = Judge.from_pretrained(HERE / "judge")
-    distilled, base = load_pipeline(), load_pipeline(folder=args.base)
+    distilled, base = load_pipeline(folder=args.model), load_pipeline(folder=args.base)
     scenes = unrelated_scenes(48)
     contexts, negative = base.encode_student(captions(scenes)), base.encode_student([""])
     real = [world.render(s, 70_000 + 100 * seed + i) for seed in range(args.seeds) for i, s in enumerate(scenes)]
-    runs = {
-        "base, 50 steps, guidance 1.5": (base, 50, 1.5),
-        "base, 4 steps, guidance 1.5": (base, 4, 1.5),
-        "base, 4 steps, no guidance": (base, 4, 0.0),
-        "step-distilled, 4 steps, no guidance": (distilled, 4, 0.0),
-    }
+    guidance = {0.0: "no guidance", args.guidance: f"guidance {args.guidance:g}"} if args.guidance else {0.0: "no guidance"}
+    most = max(guidance)
+    runs = {f"base, 50 steps, {guidance[most]}": (base, 50, most)}
+    runs |= {f"base, 4 steps, {guidance[g]}": (base, 4, g) for g in sorted(guidance, reverse=True)}
+    runs["step-distilled, 4 steps, no guidance"] = (distilled, 4, 0.0)
     # the base's own row compares two sets of different seeds: the floor of the distance
-    others = [p for seed in range(args.seeds, 2 * args.seeds) for p in sample(base, contexts, seed, 50, negative, 1.5)]
+    others = [p for seed in range(args.seeds, 2 * args.seeds) for p in sample(base, contexts, seed, 50, negative, most)]
     print("| model | all attributes right | fine detail | Frechet distance to the base at 50 steps | to real pictures |")
     print(f"|---|---|---|---|---|\n| real pictures | {spread([accuracy(judge, real, scenes * args.seeds, UNRELATED)[0]])} "
           f"| 1.00 | {frechet(judge, real, others):.0f} | |")  # fmt: skip
@@ -151,7 +151,9 @@ def report_gap(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["teacher", "gap"])
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="step-distilled pipeline")
     parser.add_argument("--base", help="gap: folder of the undistilled base pipeline")
+    parser.add_argument("--guidance", type=float, default=1.5, help="gap: of the base; 0 for klein, whose base has it built in")
     parser.add_argument("--picture", default="gap.png", help="gap: where the picture is written")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--all", action="store_true", help="teacher: also every shape that no caption names")
