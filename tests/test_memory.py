@@ -364,3 +364,12 @@ def test_estimate_needs_no_weights(base, tokenizer, flags, tmp_path):
     args = script.parse_args(flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4))
     pipeline = script.build_without_weights(family_of(str(folder)), args)
     assert pipeline.transformer.device.type == "meta" and script.find_lora_targets(pipeline, args)
+
+
+def test_step_cost_prints_its_table(monkeypatch, capsys):
+    """The command of RESULTS.md must run as it stands there."""
+    monkeypatch.setattr(sys, "argv", ["step_cost.py", "--size", "tiny", "--rollout_steps", "1", "2", "--repetitions", "1"])
+    step_cost.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "K" not in line]
+    assert [row[1] for row in rows] == 2 * ["step", "floor", "sft", "two-pass", "all"]
+    assert all(float(row[2]) > 0 and float(row[4].strip(" |")) > 0 for row in rows)

@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--checkpointed_blocks", type=float, default=1.0)
+    parser.add_argument("--offloaded_blocks", type=float, default=0.0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
