@@ -1520,6 +1520,17 @@ def log_steps(pending, started, bar, args, accelerator):
     bar.set_postfix(loss=loss, lr=lr)
 
 
+def encoding_savings(args):
+    """Flags that need less memory than `args` while contexts are encoded."""
+    every = {
+        "--encoder_quantization int8": args.encoder_quantization,
+        "--encoder_quantization nf4": args.encoder_quantization == "nf4",
+        "a lower --teacher_max_pixels": args.teacher_context != "vlm",
+        "a --context_cache_dir that a larger machine has filled": False,
+    }
+    return [flag for flag, given in every.items() if not given]
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(savings):
     """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less."""
@@ -1527,7 +1538,7 @@ def explain_out_of_memory(savings):
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
-        raise InputError(f"{first}. Checkpoints are kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
+        raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
 
 
 def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
@@ -1640,7 +1651,8 @@ def main(args):
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     cache = ContextCache(args)
-    encode_contexts(family, args, cache, dataset, pairs, accelerator)
+    with explain_out_of_memory(encoding_savings(args)):
+        encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if accelerator.num_processes == 1:  # FSDP shares the weights out
         planned = build_without_weights(family, args)
         estimate = estimate_full_memory(planned, first_batch(planned, dataset, cache, args), args, accelerator)

@@ -366,6 +366,18 @@ def test_estimate_needs_no_weights(base, tokenizer, flags, tmp_path):
     assert pipeline.transformer.device.type == "meta" and script.find_lora_targets(pipeline, args)
 
 
+def test_out_of_memory_while_encoding_names_flags_that_help(train_any, tmp_path, monkeypatch):
+    """Flags of the training would not help where the encoder fills the card."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "encode_teacher", full)
+    with pytest.raises(train_any.module.InputError) as caught:
+        train_any(tmp_path / "out", context_cache_dir=tmp_path / "cache")
+    assert "--encoder_quantization int8" in str(caught.value) and "--gradient_checkpointing" not in str(caught.value)
+
+
 def test_step_cost_prints_its_table(monkeypatch, capsys):
     """The command of RESULTS.md must run as it stands there."""
     monkeypatch.setattr(sys, "argv", ["step_cost.py", "--size", "tiny", "--rollout_steps", "1", "2", "--repetitions", "1"])
