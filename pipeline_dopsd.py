@@ -112,10 +112,12 @@ class MultimodalEncoder:
         given = {name: p.shape if p.is_floating_point() else shapes.get(name) for name, p in theirs.named_parameters()}
         unmatched = sorted({name for name, _ in shapes.items() ^ given.items()})
         if unmatched:
-            raise ValueError(f"The text encoder's weights do not fit the VLM {self.name}; in one of them missing, or of another shape: {unmatched}.")
+            raise ValueError(
+                f"The text encoder's weights do not fit the VLM {self.name}; in one of them missing, or of another shape: {unmatched}."
+            )
         # whole layers, not tensors: quantised ones bring their own kind of layer
-        for name, layer in list(theirs.named_modules()):
-            if layer._parameters:
+        for name, layer in theirs.named_modules():
+            if any(True for _ in layer.parameters(recurse=False)):
                 ours.set_submodule(name, layer)
         self.model.to(text_encoder.device).eval().requires_grad_(False)
         self.verify(text_encoder)

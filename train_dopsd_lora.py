@@ -118,8 +118,7 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 FIXED_ON_RESUME = {
     "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
-    "encoder_quantization",
-    "quantization",
+    "encoder_quantization", "quantization",
 }  # fmt: skip
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
-from transformers import Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -59,18 +59,21 @@ def parameters_of(model_class, config):
         return list(model_class(**config).parameters())
 
 
-# what the configs of Qwen3-VL-4B-Instruct and -8B-Instruct say
+# what the configs of Qwen3-VL-4B-Instruct and -8B-Instruct say of language model, vision part and output matrix
 ENCODERS = {
     "Qwen3-VL-4B": (
         {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728},
         {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
+        {"tie_word_embeddings": True},
     ),
     "Qwen3-VL-8B": (
         {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12288},
         {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+        {"tie_word_embeddings": False},
     ),
 }  # fmt: skip
-CONTEXT_GIB = 1.0  # of CUDA itself and of what its allocator cannot use
+CUDA_GIB = 1.0  # of CUDA itself and of what its allocator cannot use
+
 
 # name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
 LORA_MODELS = {
@@ -97,17 +100,17 @@ def lora_bytes(family, transformer, noise, contexts, args):
 
 
 def encoder_bytes(name, quantization):
-    """Bytes of the weights of text encoder and VLM, which share the language model; its matrices can be quantised."""
-    text, vision = ENCODERS[name]
+    """Bytes of the weights of text encoder and VLM, which share the language model; its matrices can be quantised, not its output's."""
+    text, vision, output = ENCODERS[name]
     with torch.device("meta"):
-        model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
-    layers = [layer for layer in model.language_model.modules() if isinstance(layer, torch.nn.Linear)]
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **output))
+    layers = [layer for layer in model.model.language_model.modules() if isinstance(layer, torch.nn.Linear)]
     matrices = sum(layer.weight.numel() for layer in layers)
     rest = sum(p.numel() for p in model.parameters()) - matrices
     return 2 * rest + lora.QUANTIZED_BYTES.get(quantization, 2) * matrices
 
 
-def print_encoders(args, more):
+def print_encoders():
     print("| encoder, GiB | bf16 | `--encoder_quantization int8` | `--encoder_quantization nf4` |\n|---|---|---|---|")
     for name in ENCODERS:
         cells = [f"{encoder_bytes(name, quantization) / 2**30:.1f}" for quantization in (None, "int8", "nf4")]
@@ -132,14 +135,14 @@ def print_lora(options, more):
         flags = path.read_text().split("--resolution 1024 ")[1].replace("\\\n", "").replace('"$@"', " ".join(more))
         cells = [f"{size / 2**30:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
         print(f"| {path.name} | `{' '.join(flags.split())}` | {' | '.join(cells)} |", flush=True)
-        fits = options.gpu_gib and sum(estimate.values()) / 2**30 + CONTEXT_GIB <= options.gpu_gib
+        fits = options.gpu_gib and sum(estimate.values()) / 2**30 + CUDA_GIB <= options.gpu_gib
         fitting[name] = fitting.get(name) or (path.name if fits else None)
     if options.gpu_gib:
         for name, recipe in fitting.items():
             print(f"For {name} on {options.gpu_gib:.1f} GiB: {recipe or 'none of these'}")
 
 
-def print_full(args, more):
+def print_full():
     parameters = {name: parameters_of(*model) for name, model in MODELS.items()}
     counts = {name: sum(p.numel() for p in ps) for name, ps in parameters.items()}
     names = [f"{name} ({count / 1e9:.2f} B)" for name, count in counts.items()]
@@ -164,9 +167,12 @@ def main():
     parser.add_argument("--gpu_gib", type=float, help="memory of the card; by default that of the first GPU, if there is one")
     parser.add_argument("--recipe", default="*", help="name of a file in examples/recipes/ without .sh")
     options, more = parser.parse_known_args()
+    if more and options.what != "lora":
+        parser.error(f"only lora takes further flags: {' '.join(more)}")
     if options.gpu_gib is None and torch.cuda.is_available():
         options.gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    {"full": print_full, "lora": print_lora, "encoders": print_encoders}[options.what](options, more)
+    work = {"full": print_full, "lora": lambda: print_lora(options, more), "encoders": print_encoders}
+    work[options.what]()
 
 
 if __name__ == "__main__":

@@ -707,28 +707,38 @@ STAGES = {
 }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", *STAGES])
+def stage_parser(description, stages):
+    """Arguments of a program that runs `stages`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["all", *stages])
     parser.add_argument("--work_dir", type=Path, default=Path("build/miniature"), help="intermediate data and checkpoints")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where model/, vlm/ and judge/ are written")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="where what is committed is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
+    parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
+    return parser
+
+
+def run_stages(stages, args, prefix=""):
+    """Runs the stage `args.stage` or, with `all`, those that have not run yet."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    for stage in stages if args.stage == "all" else [args.stage]:
+        done = args.work_dir / f"{prefix}{stage}.done"
+        if args.stage == "all" and done.exists():
+            continue
+        stages[stage](args)
+        done.touch()
+
+
+def main():
+    parser = stage_parser(__doc__, STAGES)
     parser.add_argument("--vlm_steps", type=int, default=4300)
     parser.add_argument("--base_steps", type=int, default=9900)
     parser.add_argument("--trajectories", type=int, default=2048)
     parser.add_argument("--distill_steps", type=int, default=550)
-    parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        done = args.work_dir / f"{stage}.done"
-        if args.stage == "all" and done.exists():
-            continue
-        STAGES[stage](args)
-        done.touch()
+    run_stages(STAGES, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,26 +8,19 @@ step-distilled Z-Image miniature, which takes far fewer steps than flow matching
 matching. It is then step-distilled to the four states of klein's own grid, on those paths for all three.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import build
 import numpy as np
 import torch
 import torch.nn.functional as F
 from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
-from diffusers import (
-    AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Transformer2DModel,
-)
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
-from evaluate import HERE
 from pipeline_dopsd import DOPSDFlux2KleinPipeline
 
 
@@ -187,7 +180,7 @@ def stage_distill(args):
     pipeline = new_pipeline(args)
     rows, transformer = Rows(args, pipeline), build.load_transformer(args, "klein_base", Flux2Transformer2DModel)
     knots = few_step_sigmas(pipeline)
-    run = Run(args, "klein_distilled", transformer, max(4, int(args.distill_steps * args.scale)), args.distill_rate, ema_decay=0.995)
+    run = Run(args, "klein_distilled", transformer, max(4, int(args.distill_steps * args.scale)), 1.2e-3, ema_decay=0.995)
     logs = {way: [] for way in ("text", "vlm", "edit")}
 
     def loss_of(rng):
@@ -205,16 +198,16 @@ def stage_distill(args):
 
 
 def stage_export(args):
-    """`klein/` in fp16, in the Hub's layout of FLUX.2-klein, and the base beside it in the work folder."""
-    for name, folder in (("klein_base", args.work_dir / "klein_base" / "pipeline"), ("klein_distilled", args.output_dir / "klein")):
-        pipeline = new_pipeline(args, Flux2Transformer2DModel.from_pretrained(args.work_dir / name / "model"))
-        for component in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
-            component.half()
-        pipeline.transformer.register_to_config(_name_or_path="")  # it would be a path of this machine
-        pipeline.save_pretrained(folder)
-        index = json.loads((folder / "model_index.json").read_text())
-        index["_class_name"] = "Flux2KleinPipeline"  # a base of the Hub names the stock class
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    """`klein/` in fp16, in the Hub's layout of FLUX.2-klein."""
+    folder = args.output_dir / "klein"
+    pipeline = new_pipeline(args, Flux2Transformer2DModel.from_pretrained(args.work_dir / "klein_distilled" / "model"))
+    for component in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+        component.half()
+    pipeline.transformer.register_to_config(_name_or_path="")  # it would be a path of this machine
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "Flux2KleinPipeline"  # a base of the Hub names the stock class
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 STAGES = {
@@ -223,26 +216,12 @@ STAGES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", *STAGES])
-    parser.add_argument("--work_dir", type=Path, default=Path("build/miniature"), help="that of build.py")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where klein/ is written")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads, by default all")
+    parser = build.stage_parser(__doc__, STAGES)
     parser.add_argument("--base_steps", type=int, default=600)
     parser.add_argument("--distill_steps", type=int, default=2500)
-    parser.add_argument("--distill_rate", type=float, default=1.2e-3)
-    parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
     args = parser.parse_args()
     args.rows = lambda count: max(64, int(count * args.scale) // 64 * 64)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        done = args.work_dir / f"klein_{stage}.done"
-        if args.stage == "all" and done.exists():
-            continue
-        STAGES[stage](args)
-        done.touch()
+    build.run_stages(STAGES, args, prefix="klein_")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/compare"))
     parser.add_argument("--model", choices=list(METHODS), default="model", help="the Z-Image miniature or the klein miniature")
-    parser.add_argument("--methods", nargs="+", help="default: all of the model")
+    parser.add_argument("--methods", nargs="+", choices=[name for name in NAMES if name != "control"], help="default: all of the model")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--steps", type=int, default=120, help="D-OPSD steps; the others get the same transformer passes")
     parser.add_argument("--ema_decay", type=float, default=0.999)
