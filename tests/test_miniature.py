@@ -1,6 +1,9 @@
 """The committed miniature: what the demo, its README and its table rely on."""
 
+import contextlib
+import json
 import sys
+import types
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from conftest import ROOT
 MINIATURE = ROOT / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
+import compare  # noqa: E402
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
@@ -133,3 +137,25 @@ def test_weights_stay_small():
     sizes = {p: p.stat().st_size for p in MINIATURE.rglob("*.safetensors")}
     klein = sum(size for path, size in sizes.items() if MINIATURE / "klein" in path.parents)
     assert klein < 15e6 and sum(sizes.values()) - klein < 25e6
+
+
+def test_comparison_reports_the_best_rate_and_its_training_seeds(tmp_path, monkeypatch, capsys):
+    """A row of the README's table would show the figures of another rate or run."""
+    right = {"3e-4": 0.2, "0.001": 0.6, "0.003": 0.4}
+    for name in CONCEPTS:
+        for run, share in {**right, "0.001-seed1": 0.5, "0.001-seed2": 0.7}.items():
+            folder = tmp_path / f"{name}-sft-{run.replace('3e-4', '0.0003')}"
+            folder.mkdir()
+            (folder / "pytorch_lora_weights.safetensors").touch()
+            figures = {"concept": [share, share], "right": [0.9, 0.9], "detail": 1.0, "frechet": 100.0}
+            (folder / "figures.json").write_text(json.dumps(figures))
+    here = types.SimpleNamespace(imap_unordered=lambda run, jobs, chunksize: map(run, jobs))
+    context = types.SimpleNamespace(Pool=lambda *_, **__: contextlib.nullcontext(here))
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _: context)
+    command = ["compare.py", "--work_dir", str(tmp_path), "--methods", "sft", "--training_seeds", "3"]
+    monkeypatch.setattr(sys, "argv", command)
+    compare.main()
+    printed = capsys.readouterr().out
+    for name in CONCEPTS:
+        assert f"| {name} | SFT | 0.001 | 60.0 ± 0.0 | 90.0 ± 0.0 |" in printed
+        assert f"| {name} | SFT | 60, 50, 70 | 90, 90, 90 |" in printed

@@ -8,7 +8,7 @@ text half of klein's double-stream blocks) at the same rank with the same optimi
 same number of transformer passes (a forward or a backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher
 forward, student forward and backward at each state), an SFT step 2, a DreamBooth step 4. With prior prompts, a third of the
 D-OPSD steps is on those. Each method's learning rate is picked by the same rule, the highest sum of concept accuracy and
-unrelated accuracy. The control is D-OPSD whose teacher is shown pictures of ANOTHER concept. On klein, D-OPSD has four
+unrelated accuracy; with --training_seeds, that rate is trained with further seeds. The control is D-OPSD whose teacher is shown pictures of ANOTHER concept. On klein, D-OPSD has four
 teachers: they see a picture in the multimodal context or as a reference image, the training picture itself or another one of
 the set; all with prior prompts. Finished runs are kept in --work_dir and not run again.
 """
@@ -56,8 +56,8 @@ def wrong_folder(name, folder):
 
 def train(job):
     """Trains one LoRA, unless it is there, and returns its folder."""
-    method, name, rate, args = job
-    folder = args.work_dir / f"{name}-{method}-{rate:g}"
+    method, name, rate, seed, args = job
+    folder = args.work_dir / f"{name}-{method}-{rate:g}{f'-seed{seed}' if seed else ''}"
     torch.set_num_threads(args.threads)
     if not (folder / "pytorch_lora_weights.safetensors").exists():
         sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
@@ -70,7 +70,7 @@ def train(job):
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
         flags = ["--pretrained_model_name_or_path", HERE / args.model, "--vlm_model_name_or_path", HERE / "vlm"]
         flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
-        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", args.seed]
+        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", seed]
         flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--report_to", "none"]
         flags += ["--lr_scheduler", "cosine", "--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
         if method not in PASSES:
@@ -89,7 +89,7 @@ def train(job):
 
 def run(job):
     """Trains one LoRA and measures it; returns and stores the figures."""
-    folder, (_, name, _, args) = train(job), job
+    folder, (_, name, *_, args) = train(job), job
     record = folder / "figures.json"
     if not record.exists():
         judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder, HERE / args.model)
@@ -97,12 +97,12 @@ def run(job):
         Image.fromarray(np.concatenate(images[0][:12], 1)).save(folder / "concept.png")
         figures = {"concept": [share for share, _ in results], **unrelated_accuracy(pipeline, judge, range(args.seeds))}
         record.write_text(json.dumps(figures))
-    return job[:3], json.loads(record.read_text())
+    return job[:-1], json.loads(record.read_text())
 
 
 def best_rate(results, method, name, rates):
-    """The rate with the highest sum of concept and unrelated accuracy."""
-    return max(rates, key=lambda r: sum(np.mean(results[method, name, r][k]) for k in ("concept", "right")))
+    """The rate with the highest sum of concept and unrelated accuracy, with the training seed 0."""
+    return max(rates, key=lambda r: sum(np.mean(results[method, name, r, 0][k]) for k in ("concept", "right")))
 
 
 def main():
@@ -114,30 +114,33 @@ def main():
     parser.add_argument("--steps", type=int, default=120, help="D-OPSD steps; the others get the same transformer passes")
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training_seeds", type=int, default=1, help="for each method's best rate; the other rates have one")
     parser.add_argument("--threads", type=int, default=1, help="per run; as many runs at once as fit the cores")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     results, methods, controlled = {}, args.methods or METHODS[args.model], CONTROLLED[args.model]
-    jobs = [(method, name, rate, args) for method in methods for name in CONCEPTS for rate in args.rates]
+    jobs = [(method, name, rate, 0, args) for method in methods for name in CONCEPTS for rate in args.rates]
     processes = max(1, multiprocessing.cpu_count() // args.threads)
     # a fresh process for each run: accelerate keeps global state
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
             results[key] = figures
             print(key, {k: round(float(np.mean(v)), 3) for k, v in figures.items()}, flush=True)
+        best = {(method, name): best_rate(results, method, name, args.rates) for method in methods for name in CONCEPTS}
+        jobs = [(*key, rate, seed, args) for seed in range(1, args.training_seeds) for key, rate in best.items()]
         if controlled in methods:
-            controls = [("control", name, best_rate(results, controlled, name, args.rates), args) for name in CONCEPTS]
-            for key, figures in pool.imap_unordered(run, controls, chunksize=1):
-                results[key] = figures
+            best |= {("control", name): best[controlled, name] for name in CONCEPTS}
+            jobs += [("control", name, best["control", name], 0, args) for name in CONCEPTS]
+        for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
+            results[key] = figures
 
     print("\n| concept | method | learning rate | concept right | unrelated prompts right | fine detail | Frechet distance |")
     print("|---|---|---|---|---|---|---|")
     for name in CONCEPTS:
         for method in (*methods, *(["control"] if controlled in methods else [])):
-            rate = best_rate(results, controlled if method == "control" else method, name, args.rates)
-            f = results[method, name, rate]
+            rate = best[method, name]
+            f = results[method, name, rate, 0]
             row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["right"])]
             row += [f"{f['detail']:.2f}", f"{f['frechet']:.0f}"]
             print(f"| {' | '.join(row)} |")
@@ -145,9 +148,17 @@ def main():
     print("| concept | method | " + " | ".join(f"{r:g}" for r in args.rates) + " |\n|---|---" + "|---" * len(args.rates) + "|")
     for name in CONCEPTS:
         for method in methods:
-            cells = [results[method, name, r] for r in args.rates]
+            cells = [results[method, name, r, 0] for r in args.rates]
             cells = [f"{100 * np.mean(c['concept']):.0f} / {100 * np.mean(c['right']):.0f}" for c in cells]
             print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
+    if args.training_seeds > 1:
+        print(f"\nTraining seeds 0 to {args.training_seeds - 1} at the best rate, per cent: mean over noise seeds for each\n")
+        print("| concept | method | concept right | unrelated prompts right |\n|---|---|---|---|")
+        for (method, name), rate in sorted(best.items(), key=lambda item: list(CONCEPTS).index(item[0][1])):
+            runs = [results[method, name, rate, seed] for seed in range(args.training_seeds) if method != "control"]
+            cells = [", ".join(f"{100 * np.mean(f[k]):.0f}" for f in runs) for k in ("concept", "right")]
+            if runs:
+                print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
