@@ -92,7 +92,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,7 +116,8 @@ LOSSES_NAME = "losses.csv"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
-    "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "train_batch_size", "use_8bit_adam",
+    "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "loss_weighting", "train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_8bit_adam",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
     "encoder_quantization", "quantization",
 }  # fmt: skip
@@ -133,6 +134,13 @@ class InputError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except of switches and of what is found out later."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def add_model_arguments(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
@@ -184,21 +192,22 @@ def add_training_arguments(parser):
     add("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
     add("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
-    add("--learning_rate", type=float, default=1e-4)
-    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
-    add("--lr_warmup_steps", type=int, default=0)
+    add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
+        help="Learning rate over the steps.")
+    add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--adam_epsilon", type=float, default=1e-8)
+    add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
+    add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator.")
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
-    add("--attention_backend", choices=[b.value for b in AttentionBackendName], metavar="NAME", help="Attention of diffusers that has "
-        "a backward, for example flash. Default: PyTorch's.")
+    add("--attention_backend", metavar="NAME", choices=[b.value for b in AttentionBackendName if "sage" not in b.value],
+        help="Attention of diffusers, for example flash; those without a backward are left out. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
@@ -207,7 +216,7 @@ def add_training_arguments(parser):
 
 def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", required=True)
+    add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
@@ -216,7 +225,7 @@ def add_output_arguments(parser):
     add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "none"], help="Tracker.")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
@@ -228,7 +237,7 @@ def add_output_arguments(parser):
 
 def add_lora_arguments(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=int, default=64)
+    add("--rank", type=int, default=64, help="Width of the LoRA's matrices.")
     add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
     add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
@@ -243,8 +252,9 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
-    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution"):
-        if getattr(args, name) < 1:
+    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
+                 "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
@@ -252,8 +262,6 @@ def check_arguments(parser, args):
         parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
     if args.prior_every < 2:
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
-    if args.checkpointing_steps < 1:
-        parser.error(f"--checkpointing_steps must be at least 1, not {args.checkpointing_steps}")
     if args.hub_push_checkpoints and not args.push_to_hub:
         parser.error("--hub_push_checkpoints needs --push_to_hub")
     if args.hub_timeout <= 0:
@@ -265,9 +273,7 @@ def check_arguments(parser, args):
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_dopsd_arguments(parser)
@@ -277,8 +283,6 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
     args.lora_alpha = args.lora_alpha or args.rank
-    if args.rank < 1:
-        parser.error(f"--rank must be at least 1, not {args.rank}")
     recomputed = args.checkpointed_blocks if args.gradient_checkpointing else 0.0
     if not 0.0 <= args.offloaded_blocks <= recomputed:
         parser.error(f"--offloaded_blocks must be between 0 and the share of recomputed blocks ({recomputed}; see --gradient_checkpointing "
@@ -306,15 +310,23 @@ def read_folder(folder, instance_prompt):
     captions = []
     for path in images:
         text = path.with_suffix(".txt")
-        lines = [line.strip() for line in text.read_text("utf-8-sig").splitlines()] if text.exists() else [instance_prompt]
-        lines = [line for line in lines if line]
-        if not lines:
+        lines = read_lines(text) if text.exists() else [instance_prompt]
+        if not any(lines):
             raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
         captions.append(lines)
     # the size and time of each file make the cache of `inspect_images` a cache of these very images
     stamps = [[p.stat().st_size, p.stat().st_mtime_ns] for p in images]
     rows = {"image": [str(p) for p in images], "captions": captions, "stamp": stamps}
     return Dataset.from_generator(columns_to_rows, gen_kwargs={"columns": rows}).remove_columns("stamp")
+
+
+def read_lines(path, name=None):
+    """The lines of a text file, without blank ones. Raises ValueError where it cannot be read."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name or path} is no text file in UTF-8 that can be read ({error}).") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def columns_to_rows(columns):
@@ -388,7 +400,7 @@ def load_image(source):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
 
 
@@ -424,11 +436,7 @@ def read_prior_prompts(args):
     """
     if not args.prior_prompts:
         return []
-    try:
-        lines = Path(args.prior_prompts).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prior_prompts {args.prior_prompts} is no text file that can be read ({error}).") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = read_lines(Path(args.prior_prompts), f"--prior_prompts {args.prior_prompts}")
     if not prompts:
         raise ValueError(f"--prior_prompts {args.prior_prompts} holds no prompt: write one on each line.")
     return prompts
@@ -866,6 +874,9 @@ def save_checkpoint(accelerator, args, step):
     """Writes checkpoint-STEP aside, renames it when complete, and only then removes the oldest beyond the limit."""
     final = Path(args.output_dir) / f"checkpoint-{step}"
     aside = Path(args.output_dir) / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -921,7 +932,7 @@ def save_repository_files(pipeline, args):
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__} as Pipeline  # noqa: F401\n")
-    base_dtype = "bfloat16" if weight_dtype_of(args) == torch.bfloat16 else "float32"
+    base_dtype = str(weight_dtype_of(args)).removeprefix("torch.")
     index = repository_config(pipeline, args.pretrained_model_name_or_path, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
@@ -973,7 +984,7 @@ def training_command(args):
     for name, value in public_settings(args).items():
         if value is True:
             words.append(f"--{name}")
-        elif value != defaults[name]:
+        elif value not in (None, defaults[name]):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -1148,7 +1159,7 @@ def check_inputs(args):
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
+        (output_dir / ".writable").unlink(missing_ok=True)  # of several processes, another may have been faster
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
     if args.use_8bit_adam and not is_bitsandbytes_available():
@@ -1223,7 +1234,7 @@ def save_memory_and_time(transformer, args):
 
 
 def load_for_training(family, args, quantization_config=None):
-    """The pipeline with the frozen transformer and, where there is validation, the VAE; no encoders."""
+    """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
     pipeline = family.from_pretrained(
         args.pretrained_model_name_or_path,
         text_encoder=None,
@@ -1236,9 +1247,7 @@ def load_for_training(family, args, quantization_config=None):
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
+    pipeline.transformer.requires_grad_(False)  # the VAE decodes without gradients
     return pipeline
 
 
@@ -1313,9 +1322,8 @@ def add_lora(pipeline, targets, args):
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
-def make_adamw(parameters, args):
+def make_adamw(parameters, args, optimizer_class=functools.partial(torch.optim.AdamW, fused=True)):
     """AdamW, with 8-bit states on request."""
-    optimizer_class = functools.partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes
 

@@ -109,7 +109,7 @@ def main(args):
                 loss_prior = flow_matching_loss(pipeline, *draw(*prior, args.train_batch_size, rng), rng, shift)
                 loss = loss + args.prior_loss_weight * loss_prior
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)

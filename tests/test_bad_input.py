@@ -77,6 +77,12 @@ def test_image_without_caption(refused, folder):
     refused(folder / "b.png", "--instance_prompt", instance_data_dir=folder)
 
 
+def test_caption_that_is_no_text(refused, folder):
+    """A caption saved in another encoding must be named among thousands."""
+    (folder / "b.txt").write_bytes("a caf\u00e9".encode("latin-1"))
+    refused(folder / "b.txt", "UTF-8", instance_data_dir=folder)
+
+
 def test_caption_without_image(refused, folder):
     """A caption whose image has another name would be passed over."""
     (folder / "e.txt").write_text("a caption")
@@ -99,12 +105,17 @@ def test_vlm_of_another_width(refused, wide_vlm):
     [
         ("rollout_steps", 0), ("rollout_steps", -1), ("train_batch_size", 0), ("gradient_accumulation_steps", 0),
         ("max_train_steps", 0), ("checkpointing_steps", 0), ("rank", 0), ("ema_decay", 1.5), ("ema_decay", -0.1),
-        ("loss_weighting", "other"),
+        ("loss_weighting", "other"), ("num_validation_images", 0), ("lr_scheduler", "piecewise_constant"),
     ],
 )  # fmt: skip
 def test_flags_out_of_range(refused, flag, value):
     """The flag is named."""
     refused(f"--{flag}", value, **{flag: value})
+
+
+def test_attention_without_a_backward(refused):
+    """The layers in front of it would stay as they are, without a word."""
+    refused("--attention_backend", "sage", attention_backend="sage")
 
 
 def test_no_data_or_two_kinds(refused, images):
@@ -186,10 +197,16 @@ def test_half_written_checkpoint(refused, output, name, damage):
     assert content(output) == before
 
 
-@pytest.mark.parametrize("flag", ["rank", "seed", "rollout_steps", "train_batch_size", "ema_decay"])
+OTHER = {
+    "rank": 8, "seed": 3, "rollout_steps": 3, "train_batch_size": 2, "ema_decay": 0.5, "gradient_accumulation_steps": 5,
+    "learning_rate": 0.5, "adam_beta2": 0.5, "loss_weighting": "x0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OTHER)
 def test_checkpoint_of_other_settings(refused, output, flag):
-    """A resume under other settings is no resume; both values are named."""
-    value = {"rank": 8, "seed": 3, "rollout_steps": 3, "train_batch_size": 2, "ema_decay": 0.5}[flag]
+    """A resume under other settings is no resume, and a learning rate would be ignored; both values are named."""
+    value = OTHER[flag]
     before = content(output)
     refused(f"--{flag}", value, "checkpoint-2", resume_from_checkpoint="latest", max_train_steps=3, **{flag: value})
     assert content(output) == before

@@ -1,8 +1,10 @@
 """What a run leaves behind, and that it loads everywhere."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train_dopsd_full
 import train_dopsd_lora as script
 from conftest import HIDDEN, LORA, ROOT, SECRET, WEIGHTS, guarded_environment
 from pipeline_dopsd import DOPSDZImagePipeline, family_of
@@ -181,6 +184,17 @@ def test_model_card_of_a_run_without_network(trained, base):
     card = ModelCard.load(trained / "README.md")
     assert card.data.base_model is None and card.data.get("license") is None and "lora" in card.data.tags
     assert f"num_inference_steps={STEPS}" in card.text and str(base) in card.text
+
+
+@pytest.mark.parametrize("module", [script, train_dopsd_full])
+def test_command_of_the_card_gives_the_run_again(module):
+    """A stranger who pastes it would get an error, or another training."""
+    flags = ["--pretrained_model_name_or_path", "org/base", "--dataset_name", "org/pictures", "--output_dir", "my folder",
+             "--validation_prompt", "a dog", "a 'quoted' cat", "--gradient_checkpointing"]  # fmt: skip
+    args = module.parse_args(flags)
+    words = shlex.split(module.training_command(args))
+    assert words[:3] == ["accelerate", "launch", Path(module.__file__).name]
+    assert vars(module.parse_args(words[3:])) == vars(args)
 
 
 def test_loss_curve_survives_a_resume_and_a_cut_line(tmp_path, flags):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -256,16 +257,20 @@ def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monk
     """A run killed while it saves must leave a folder that --resume_from_checkpoint latest does not take."""
     train_any(tmp_path, max_train_steps=2)
 
+    save_state = Accelerator.save_state
+
     def killed(*args, **kwargs):
+        save_state(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("json.dumps", killed)
-        patch.setattr(train_any.module, "settings_of", killed)
+        patch.setattr(Accelerator, "save_state", killed)
         train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
-    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == [".checkpoint-3.tmp", "checkpoint-2"]
+    (tmp_path / ".checkpoint-3.tmp" / "left_over.safetensors").touch()
     train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["step"] == 3
+    assert not list(tmp_path.rglob("left_over*"))
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train_any, tmp_path, monkeypatch):
