@@ -28,7 +28,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3VLModel,
 )
+from transformers.utils import cached_file
 
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -80,6 +83,9 @@ class MultimodalEncoder:
         if self.config.model_type != "qwen3_vl":
             raise ValueError(f"{self.name} is a {self.config.model_type!r} model; the teacher needs a Qwen3-VL.")
         self.tokenizer = AutoTokenizer.from_pretrained(vlm_name_or_path)
+        if self.tokenizer.chat_template is None:  # a repository may keep it for the processor alone
+            file = cached_file(vlm_name_or_path, "chat_template.json")
+            self.tokenizer.chat_template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
         # backend="pil": the default backend needs torchvision
         self.image_processor = AutoImageProcessor.from_pretrained(vlm_name_or_path, backend="pil")
         shortest = min(self.image_processor.size["shortest_edge"], max_pixels)
@@ -105,7 +111,10 @@ class MultimodalEncoder:
         self.check_config(text_encoder.config)
         rope = self.config.text_config.rope_parameters
         self.config.text_config.rope_parameters = {**rope, **text_encoder.config.rope_parameters}
-        self.model = Qwen3VLModel.from_pretrained(self.name, config=self.config, dtype=text_encoder.dtype)
+        options = {"config": self.config, "dtype": text_encoder.dtype, "output_loading_info": True}
+        self.model, found = Qwen3VLModel.from_pretrained(self.name, **options)
+        if unseeing := sorted(name for name in found["missing_keys"] if name.startswith("visual.")):
+            raise ValueError(f"The VLM {self.name} lacks weights of its vision part: {', '.join(unseeing[:3])}, ..; fetch it anew.")
         ours, theirs = self.model.language_model, text_encoder.base_model
         shapes = {name: p.shape for name, p in ours.named_parameters()}
         # a weight of 4 bits is packed and has no shape of its own
@@ -172,6 +181,12 @@ class MultimodalEncoder:
         return [tuple(hidden[i, :length] for hidden in layers) for i, length in enumerate(lengths)]
 
 
+def input_dtype(transformer: torch.nn.Module) -> torch.dtype:
+    """dtype of what `transformer` is given: that of its own weights, not of a LoRA's or of packed 4-bit ones."""
+    named = transformer.named_parameters()
+    return next(p.dtype for name, p in named if p.is_floating_point() and ".lora_" not in name)
+
+
 class DOPSDMixin:
     """What all families share. A family adds the methods that `DOPSDZImagePipeline` documents.
 
@@ -236,7 +251,8 @@ class DOPSDMixin:
         for timestep in self.few_step_grid(num_steps, latents):
             velocity = self.velocity(transformer, latents, timestep, contexts)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        image = self.vae.decode(self.to_vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+        with torch.autocast(latents.device.type, enabled=False):
+            image = self.vae.decode(self.to_vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(image, output_type="pil")
 
     @classmethod
@@ -339,10 +355,10 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
 
         Args:
             transformer: the (possibly wrapped) transformer to run.
-            timestep: scalar tensor between 0 (data) and 1000 (noise).
+            timestep: tensor between 0 (data) and 1000 (noise), scalar or one per image.
             contexts: one per image.
         """
-        dtype = getattr(transformer, "module", transformer).dtype  # DDP holds the transformer as its `module`
+        dtype = input_dtype(transformer)
         images = list(latents.to(dtype).unsqueeze(2).unbind(0))
         time = (1000 - timestep.expand(len(images))) / 1000
         embeds = [c["prompt_embeds"].to(latents.device, dtype) for c in contexts]
@@ -497,7 +513,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
         The position ids of a batch are those of its first image: all contexts must have references of the same sizes.
         """
-        dtype, device = getattr(transformer, "module", transformer).dtype, latents.device
+        dtype, device = input_dtype(transformer), latents.device
         embeds = torch.stack([c["prompt_embeds"] for c in contexts]).to(device, dtype)
         tokens, references = self._pack_latents(latents), [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
         if references[0]:
@@ -507,7 +523,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         text_ids, image_ids = self.position_ids(len(latents), embeds.shape[1], tuple(latents.shape[1:]), sizes, device)
         out = transformer(
             hidden_states=tokens.to(dtype),
-            timestep=timestep.expand(len(latents)) / 1000,
+            timestep=timestep.expand(len(latents)).to(dtype) / 1000,  # in this order, as the stock pipeline rounds
             guidance=None,
             encoder_hidden_states=embeds,
             txt_ids=text_ids,

@@ -40,6 +40,7 @@ the student that also sees the training image, predicts the velocity at the same
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import hashlib
 import io
@@ -66,6 +67,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     fsdp2_prepare_model,
     set_seed,
@@ -75,6 +77,7 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     find_nearest_bucket,
@@ -243,12 +246,12 @@ def add_full_arguments(parser):
     add = parser.add_argument_group("full fine-tuning").add_argument
     add("--ema_device", choices=["accelerator", "cpu"], default="accelerator", help="Where the teacher's fp32 average is "
         "held. cpu: a copy in the dtype of --mixed_precision computes on the accelerator.")
-    add("--ema_refresh_steps", type=int, default=10, help="With --ema_device cpu: steps between refreshes of that copy.")
+    add("--ema_refresh_steps", type=int, default=10, help="With --ema_device cpu: steps between updates of average and copy.")
     add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="adafactor: without momentum, factored states.")
     add("--stochastic_rounding", action="store_true", help="Hold the weights in bf16 alone; AdamW of torchao with 8-bit "
         "states rounds each update at random, so that small ones are not lost.")
     add("--fused_backward_pass", action="store_true", help="Update each weight during the backward and free its gradient: no "
-        "gradient buffer, but the graphs of all K states at once, no clipping, one process.")  # fmt: skip
+        "gradient buffer, but all K states in one forward and backward, K student forwards more, no clipping, one process.")  # fmt: skip
 
 
 def check_full_arguments(parser, args):
@@ -727,6 +730,28 @@ def backward_each_state(losses, transformer, args, accelerator, synchronize):
     return torch.stack(values)
 
 
+def rollout_in_one_batch(pipeline, transformer, teacher, batch, args, accelerator):
+    """The losses of `rollout`, from one student forward over its K states: one backward then completes each gradient in turn.
+
+    With a graph for each state, a gradient is complete in the last graph alone, and until then those of all weights wait. The
+    rollout's own K student forwards come on top.
+    """
+    latents, student_contexts, teacher_contexts = batch
+    timesteps, states, teacher_velocities = pipeline.few_step_grid(args.rollout_steps, latents), [], []
+    with torch.no_grad(), accelerator.autocast():
+        for timestep in timesteps:
+            states.append(latents)
+            with teacher.network() as network:
+                teacher_velocities.append(pipeline.velocity(network, latents, timestep, teacher_contexts))
+            student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
+            latents = pipeline.scheduler.step(student_velocity, timestep, latents, return_dict=False)[0]
+    with accelerator.autocast():
+        times, contexts = timesteps.repeat_interleave(len(latents)), args.rollout_steps * student_contexts
+        student_velocities = pipeline.velocity(transformer, torch.cat(states), times, contexts).chunk(args.rollout_steps)
+    for student_velocity, teacher_velocity, sigma in zip(student_velocities, teacher_velocities, pipeline.scheduler.sigmas):
+        yield state_loss(student_velocity, teacher_velocity, sigma, args.loss_weighting)
+
+
 def backward_all_states(losses, transformer, args, accelerator, synchronize):
     """As `backward_each_state`, with one backward at the end, during which the weights may change (see `fuse_updates`)."""
     values = torch.stack(list(losses))
@@ -739,7 +764,8 @@ class FullTeacher:
     """theta_bar of the whole transformer, held as `--ema_decay` and `--ema_device` ask for.
 
     decay 0: the student itself. decay 1: a frozen copy in the compute dtype. Otherwise an fp32 average: on the accelerator
-    it computes under autocast; on the CPU it is copied every `--ema_refresh_steps` to a network in the compute dtype.
+    it computes under autocast; on the CPU, n = `--ema_refresh_steps` updates are made as one, theta_bar <- decay^n theta_bar +
+    (1 - decay^n) theta, and copied to a network in the compute dtype.
     """
 
     def __init__(self, transformer, args, accelerator):
@@ -749,6 +775,8 @@ class FullTeacher:
         self.on_cpu = averaged and args.ema_device == "cpu"
         if self.decay > 0:
             self.module = copy.deepcopy(transformer).requires_grad_(False)
+            if args.compile_blocks:  # which a copy is not
+                self.module.compile_repeated_blocks()
         if averaged and not self.on_cpu:
             self.module.float()
         if self.decay > 0 and accelerator.is_fsdp2:
@@ -760,15 +788,14 @@ class FullTeacher:
 
     def step(self):
         """To be called after each update of the student."""
-        if not self.shadow:
-            return
-        update_ema(self.shadow.values(), self.student.state_dict().values(), self.decay)
         self.age += 1
         if not self.on_cpu or self.age == self.refresh_steps:
             self.refresh()
 
     def refresh(self):
-        """Brings the network up to the average; also at checkpoints, since a resumed run starts so."""
+        """Brings average and network up to the last step; also at checkpoints, since a resumed run starts so."""
+        if self.shadow and self.age:
+            update_ema(self.shadow.values(), self.student.state_dict().values(), self.decay**self.age)
         self.age = 0
         if self.on_cpu:
             self.module.load_state_dict(self.shadow)
@@ -1247,8 +1274,9 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
-        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
+        # and processes wait for one that reads a large dataset or pushes
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -1277,6 +1305,7 @@ def save_memory_and_time(transformer, args):
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     if args.compile_blocks:
+        torch._dynamo.config.recompile_limit = 64  # lengths of contexts and sizes of images, each with and without gradient
         transformer.compile_repeated_blocks()
 
 
@@ -1300,10 +1329,21 @@ def load_for_training(family, args, quantization_config=None):
 
 def place_for_training(pipeline, args, accelerator):
     """Moves the pipeline to the accelerator and makes it compute as the flags say."""
-    pipeline.to(accelerator.device)
+    moved = pipeline.vae if accelerator.is_fsdp2 else pipeline  # FSDP moves the transformer in shards; the whole may not fit
+    if moved:
+        moved.to(accelerator.device)
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
+    keep_dtype_of_norms(pipeline.transformer)
+
+
+def keep_dtype_of_norms(transformer):
+    """Makes norms answer in the dtype that they are given, as in inference: CUDA's autocast would give fp32, which attention
+    and quantised layers would go on with."""
+    for module in transformer.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 
 def build_without_weights(family, args):
@@ -1459,11 +1499,10 @@ def estimate_full_memory(pipeline, batch, args, accelerator):
         unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
         PeakMemory(parameters) as memory,
     ):
-        losses = rollout(pipeline, transformer, teacher, batch, args, accelerator)
         if args.fused_backward_pass:
-            sum(losses).backward()
+            sum(rollout_in_one_batch(pipeline, transformer, teacher, batch, args, accelerator)).backward()
         else:  # the second state meets the gradients of the first
-            for loss in itertools.islice(losses, 2):
+            for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
                 loss.backward()
     activations = memory.peak - memory.held - sum(p.grad.nbytes for p in parameters if p.grad is not None)
     if not args.stochastic_rounding and args.mixed_precision != "no":
@@ -1542,9 +1581,9 @@ def explain_out_of_memory(savings):
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
           accelerator):  # fmt: skip
-    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    """The training loop: validation, rollouts (`losses_of`) with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
@@ -1555,6 +1594,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     pending, started = [], time.perf_counter()
     for step in bar:
         losses = 0.0
@@ -1564,7 +1605,7 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
                                accelerator.num_processes, args.seed)  # fmt: skip
             prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
             batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
+            states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)
         losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
@@ -1613,8 +1654,8 @@ def full_savings(args):
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
         "--stochastic_rounding": args.stochastic_rounding,
-        "--fused_backward_pass --max_grad_norm 0": args.fused_backward_pass,
         "--ema_device cpu": args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
+        "--fused_backward_pass --max_grad_norm 0": args.fused_backward_pass,
         "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
         "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
         "--ema_decay 1.0": args.ema_decay == 1.0,
@@ -1637,6 +1678,8 @@ def check_full_inputs(args, accelerator):
         raise ValueError("--fused_backward_pass cannot unscale the gradients of fp16: give --mixed_precision bf16.")
     if args.fused_backward_pass and accelerator.num_processes > 1:
         raise ValueError("--fused_backward_pass runs in one process; leave it out, or launch with --num_processes 1.")
+    if args.stochastic_rounding and accelerator.is_fsdp2:
+        raise ValueError("--stochastic_rounding does not go with FSDP, which holds the weights in fp32; leave it out.")
     if args.ema_device == "cpu" and accelerator.is_fsdp2:
         raise ValueError("--ema_device cpu does not go with FSDP, which shards the average; use --ema_device accelerator.")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -1676,10 +1719,10 @@ def main(args):
 
     if accelerator.is_main_process:
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
-    backward = backward_all_states if args.fused_backward_pass else backward_each_state
+    method = (rollout_in_one_batch, backward_all_states) if args.fused_backward_pass else (rollout, backward_each_state)
     publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
     with explain_out_of_memory(full_savings(args)):
-        train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+        train(pipeline, transformer, teacher, *method, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
               accelerator)  # fmt: skip
     publish(args.max_train_steps)
     accelerator.end_training()

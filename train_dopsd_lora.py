@@ -39,6 +39,7 @@ the student that also sees the training image, predicts the velocity at the same
 
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
 import io
@@ -62,12 +63,19 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     cast_training_params,
@@ -95,6 +103,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -1200,8 +1209,9 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
-        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
+        # and processes wait for one that reads a large dataset or pushes
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
     args.mixed_precision = accelerator.mixed_precision
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -1230,6 +1240,7 @@ def save_memory_and_time(transformer, args):
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     if args.compile_blocks:
+        torch._dynamo.config.recompile_limit = 64  # lengths of contexts and sizes of images, each with and without gradient
         transformer.compile_repeated_blocks()
 
 
@@ -1253,10 +1264,21 @@ def load_for_training(family, args, quantization_config=None):
 
 def place_for_training(pipeline, args, accelerator):
     """Moves the pipeline to the accelerator and makes it compute as the flags say."""
-    pipeline.to(accelerator.device)
+    moved = pipeline.vae if accelerator.is_fsdp2 else pipeline  # FSDP moves the transformer in shards; the whole may not fit
+    if moved:
+        moved.to(accelerator.device)
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
+    keep_dtype_of_norms(pipeline.transformer)
+
+
+def keep_dtype_of_norms(transformer):
+    """Makes norms answer in the dtype that they are given, as in inference: CUDA's autocast would give fp32, which attention
+    and quantised layers would go on with."""
+    for module in transformer.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 
 def build_without_weights(family, args):
@@ -1522,9 +1544,9 @@ def explain_out_of_memory(savings):
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
 
 
-def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
+def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
           accelerator):  # fmt: skip
-    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    """The training loop: validation, rollouts (`losses_of`) with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
@@ -1535,6 +1557,8 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     pending, started = [], time.perf_counter()
     for step in bar:
         losses = 0.0
@@ -1544,7 +1568,7 @@ def train(pipeline, transformer, teacher, backward, optimizer, lr_scheduler, dat
                                accelerator.num_processes, args.seed)  # fmt: skip
             prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
             batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
+            states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             losses += backward(states, transformer, args, accelerator, synchronize)
         losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
@@ -1598,6 +1622,9 @@ def main(args):
     teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
     optimizer = make_adamw(parameters, args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
+    # frozen weights are the same in all processes, and quantised ones cannot be sent
+    frozen = [name for name, parameter in pipeline.transformer.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pipeline.transformer, frozen)
     transformer, optimizer = accelerator.prepare(pipeline.transformer, optimizer)
     networks = {"student": dict(zip(names, parameters)), "teacher": dict(zip(names, teacher.shadow))}
     first_step = resume(accelerator, lr_scheduler, networks, checkpoint)
@@ -1606,8 +1633,8 @@ def main(args):
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     publish = functools.partial(publish_lora, pipeline, targets, gallery(dataset, args), args, accelerator)
     with explain_out_of_memory(lora_savings(args)):
-        train(pipeline, transformer, teacher, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step, publish,
-              args, accelerator)  # fmt: skip
+        train(pipeline, transformer, teacher, rollout, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step,
+              publish, args, accelerator)  # fmt: skip
     publish(args.max_train_steps)
     accelerator.end_training()
 

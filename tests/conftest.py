@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -290,6 +292,16 @@ def guarded_environment(folder, hub=None):
 def subprocess_env():
     """Environment of a new process: one thread, the folder of the scripts not on its path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def run_two_processes(command, environment):
+    """Runs a script with its flags in two processes, as `accelerate launch` would on two GPUs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *address]
+    result = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """The student's and the teacher's contexts."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
-from conftest import CAPTIONS, draw
+from conftest import CAPTIONS, CHAT_TEMPLATE, draw
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
 
@@ -66,6 +69,25 @@ def test_verification_catches_the_vlms_own_rope(vlm, pipeline):
     pipeline.text_encoder.config.rope_parameters["rope_theta"] = 5e3  # the encoder itself still rotates with 1e4
     with pytest.raises(ValueError, match="differ by"):
         MultimodalEncoder(str(vlm)).transplant(pipeline.text_encoder)
+
+
+def test_vlm_without_its_vision_part_is_an_error(vlm, pipeline, tmp_path):
+    """With a vision part of random weights, the teacher would be shown noise in place of the pictures."""
+    shutil.copytree(vlm, tmp_path / "vlm")
+    weights = load_file(vlm / "model.safetensors")
+    seeing = [name for name in weights if ".visual." in name]
+    save_file({n: w for n, w in weights.items() if n not in seeing[:2]}, tmp_path / "vlm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of its vision part: visual."):
+        MultimodalEncoder(str(tmp_path / "vlm")).transplant(pipeline.text_encoder)
+
+
+def test_chat_template_of_the_processor_alone(vlm, tmp_path):
+    """Older repositories keep the template in a file that tokenizers do not read."""
+    shutil.copytree(vlm, tmp_path / "vlm")
+    expected = MultimodalEncoder(str(vlm)).chat("a red square", 4)
+    (tmp_path / "vlm" / "chat_template.jinja").unlink()
+    (tmp_path / "vlm" / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    assert MultimodalEncoder(str(tmp_path / "vlm")).chat("a red square", 4) == expected
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

@@ -1,8 +1,6 @@
 """What train_dopsd_full.py does beyond the LoRA script: the whole teacher, memory, its own optimisers, its output."""
 
 import json
-import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from safetensors.torch import load_file
 
 import train_dopsd_full as script
-from conftest import ROOT, WEIGHTS, patch_velocity
+from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -75,18 +73,37 @@ def test_frozen_and_live_teachers_hold_no_average(make_teacher):
 
 
 def test_average_on_the_cpu_is_refreshed_at_the_stated_interval(make_teacher):
-    """A copy that is never refreshed is a frozen teacher; one refreshed in every step costs a transfer of all weights."""
+    """A copy that is never refreshed is a frozen teacher; one refreshed in every step costs a transfer of all weights. At a
+    checkpoint, the steps since the last refresh count for what they are."""
     teacher = make_teacher(ema_decay=0.5, ema_device="cpu", ema_refresh_steps=3)
     name, parameter = next(iter(teacher.student.named_parameters()))
-    computing, average = teacher.module.state_dict()[name], teacher.shadow[name]
-    seen = []
-    for _ in range(6):
+    start, seen = parameter.detach().clone(), []
+    for step in range(1, 8):
         with torch.no_grad():
-            parameter.add_(1.0)
+            parameter.copy_(start + step)
         teacher.step()
-        seen.append((torch.equal(computing, average), computing.mean().item()))
-    assert [fresh for fresh, _ in seen] == [False, False, True, False, False, True]
-    assert seen[0][1] == seen[1][1] < seen[2][1] == seen[4][1] < seen[5][1]
+        seen.append((teacher.module.state_dict()[name] - start).mean().item())
+        assert torch.equal(teacher.module.state_dict()[name], teacher.shadow[name])
+    teacher.refresh()
+    seen.append((teacher.module.state_dict()[name] - start).mean().item())
+    third = 3 - 3 * 0.5**3
+    sixth = 6 - (6 - third) * 0.5**3
+    seventh = 7 - (7 - sixth) * 0.5
+    assert seen == pytest.approx([0, 0, third, third, third, sixth, sixth, seventh], abs=1e-5)
+
+
+def test_average_has_compiled_blocks_of_its_own(make_teacher):
+    """A copy of a compiled network is not compiled: half of the forwards would stay slow."""
+    teacher = make_teacher("--compile_blocks", ema_decay=0.5)
+    assert all(block._compiled_call_impl for block in script.repeated_blocks(teacher.module))
+
+
+def test_flags_that_fsdp_would_undo_are_refused(train_full, tmp_path):
+    """FSDP holds trained weights in fp32, which nothing rounds at random; the memory would not be what was asked for."""
+    args = script.parse_args(train_full.flags(tmp_path, "--stochastic_rounding", mixed_precision="bf16"))
+    accelerator = SimpleNamespace(num_processes=2, is_fsdp2=True, distributed_type="FSDP")
+    with pytest.raises(ValueError, match="--stochastic_rounding does not go with FSDP"):
+        script.check_full_inputs(args, accelerator)
 
 
 def test_average_on_the_cpu_trains_as_on_the_accelerator(train_full, tmp_path):
@@ -111,16 +128,11 @@ def test_fsdp_equals_one_process(train_full, tmp_path, subprocess_env):
     """Student, teacher and optimiser in shards, interrupted and resumed: the weights of one process with the whole batch."""
     changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
     one = train_full(tmp_path / "one", max_train_steps=3, train_batch_size=2, **changes)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(probe.getsockname()[1])]
     for steps in (2, 3):
         flags = train_full.flags(tmp_path / "two", max_train_steps=steps, resume_from_checkpoint="latest", **changes)
-        command = [sys.executable, *launcher, str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags]
         environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
         environment.pop("ACCELERATE_USE_CPU", None)
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_two_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], environment)
     for folder, network in ((".", "transformer"), ("checkpoint-3", "transformer"), ("checkpoint-3", "teacher")):
         ours, theirs = (weights_of(run / folder, network) for run in (one, tmp_path / "two"))
         for name in ours:
@@ -170,7 +182,7 @@ def test_stochastic_rounding_keeps_small_updates():
     assert moved[True] == pytest.approx(rate * steps, rel=0.2)  # as Adam moves a weight with a constant gradient
 
 
-def losses_and_weights(pipeline, args, backward, fused, batch):
+def losses_and_weights(pipeline, args, losses_of, backward, fused, batch):
     """Losses, weights and the most gradients held at once in one optimisation step of AdamW."""
     accelerator, transformer = Accelerator(cpu=True, mixed_precision="no"), pipeline.transformer
     teacher = script.FullTeacher(transformer, args, accelerator)
@@ -183,7 +195,7 @@ def losses_and_weights(pipeline, args, backward, fused, batch):
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in transformer.parameters()))
         )
-    states = script.rollout(pipeline, transformer, teacher, batch, args, accelerator)
+    states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
     losses = backward(states, transformer, args, accelerator, True)
     optimizer.step()
     return losses, {n: p.detach().clone() for n, p in transformer.named_parameters()}, max(held)
@@ -192,10 +204,11 @@ def losses_and_weights(pipeline, args, backward, fused, batch):
 def test_update_during_the_backward_equals_the_ordinary_one(base, student, train_full, tmp_path):
     """The memory of a gradient buffer is saved, and nothing else changes."""
     batch, results = student.batch(2), []
-    for fused, backward in ((False, script.backward_each_state), (True, script.backward_all_states)):
+    fused = (script.rollout_in_one_batch, script.backward_all_states, True)
+    for method in ((script.rollout, script.backward_each_state, False), fused):
         args = script.parse_args(train_full.flags(tmp_path, rollout_steps=4, adam_epsilon=1e-3, learning_rate=1e-2))
         pipeline = DOPSDZImagePipeline.from_pretrained(base)
-        results.append(losses_and_weights(pipeline, args, backward, fused, batch))
+        results.append(losses_and_weights(pipeline, args, *method, batch))
     (losses, ordinary, held), (fused_losses, fused_weights, fused_held) = results
     torch.testing.assert_close(fused_losses, losses)
     start = weights_of(base)
@@ -348,7 +361,7 @@ def test_fused_run_stops_before_a_broken_update(train_full, tmp_path, monkeypatc
 
     def broken(self, *args):
         calls.append(1)
-        return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 else 1.0)
+        return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 + 1 else 1.0)
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(script.InputError, match="not finite"):

@@ -1,5 +1,6 @@
 """FLUX.2-klein: contexts, rollout, both teachers, references and whole runs on a tiny model of the real classes."""
 
+import functools
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -21,7 +23,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 import train_dopsd_full as full_script
 import train_dopsd_lora as script
 from conftest import CHAT_TEMPLATE, HIDDEN, LORA, ROOT, Trainer, draw, patch_velocity, save_vlm, text_config
-from pipeline_dopsd import DOPSDFlux2KleinPipeline, family_of
+from pipeline_dopsd import DOPSDFlux2KleinPipeline, family_of, input_dtype
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -215,6 +217,53 @@ def test_rollout_is_the_stock_pipelines_trajectory(pipeline, stock, size, refere
         references or None, PROMPTS[0], height=height, width=width, num_inference_steps=steps, latents=noise, guidance_scale=1.0
     ).images  # fmt: skip
     assert np.abs(np.asarray(ours[0]).astype(int) - np.asarray(images[0])).max() <= 1
+
+
+def test_times_are_rounded_as_in_inference(klein):
+    """In bf16 another order of operations gives the last state a time that inference never asks for."""
+    pipeline = DOPSDFlux2KleinPipeline.from_pretrained(klein, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    times = []
+    pipeline.transformer.time_guidance_embed.register_forward_pre_hook(lambda _, inputs: times.append(inputs[0].item()))
+    pipeline(prompt=PROMPTS[0], height=1024, width=1024, num_inference_steps=4, output_type="latent")
+    latents, contexts = torch.zeros(1, 16, 128, 128), pipeline.encode_student(PROMPTS[:1])
+    with torch.no_grad():
+        for timestep in pipeline.few_step_grid(4, latents):
+            pipeline.velocity(pipeline.transformer, latents, timestep, contexts)
+    assert len(set(times)) == 4 and times[:4] == times[4:]
+
+
+def test_cuda_autocast_does_not_widen_what_attention_gets(train_klein, tmp_path, monkeypatch):
+    """There, norms answer in fp32: flash attention refuses that, and quantised layers would go on in it."""
+    dtypes, attend = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **kwargs):
+        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            dtypes.update((query.dtype, key.dtype, value.dtype))
+        return attend(query, key, value, **kwargs)
+
+    def wide(x, *args, norm, **kwargs):
+        answer = norm(x, *args, **kwargs)
+        return answer.float() if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" else answer
+
+    for name in ("rms_norm", "layer_norm"):
+        norm = getattr(torch.nn.functional, name)
+        monkeypatch.setattr(torch.nn.functional, name, functools.partial(wide, norm=norm))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    train_klein(tmp_path, mixed_precision="bf16", max_train_steps=1)
+    assert dtypes == {torch.bfloat16}
+
+
+def test_inputs_have_the_dtype_of_the_weights_not_of_the_lora(pipeline):
+    """On a base of 4 bits the LoRA's fp32 would be the first floating dtype, and activations twice as large."""
+    transformer = pipeline.transformer.bfloat16().requires_grad_(False)
+    transformer.add_adapter(LoraConfig(target_modules=["x_embedder", "context_embedder", "to_q"]))
+    script.cast_training_params(transformer, torch.float32)
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
+            module.weight = torch.nn.Parameter(module.weight.view(torch.uint8), requires_grad=False)
+    assert next(p.dtype for p in transformer.parameters() if p.is_floating_point()) == torch.float32
+    assert input_dtype(transformer) == torch.bfloat16
 
 
 def test_grid_depends_on_the_resolution(pipeline):

@@ -69,12 +69,12 @@ def test_estimate_is_what_torch_allocates(changes):
     measured = step_cost.peak_bytes(real.step, torch.device("cpu"))
     with torch.device("meta"):
         config, side, tokens = step_cost.SIZES["mid"]
-        transformer = diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args))
+        transformer = diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args)).requires_grad_(False)
         noise = torch.empty(1, transformer.config.in_channels, side, side)
         contexts = [
             [{"prompt_embeds": torch.empty(n, config["cap_feat_dim"], dtype=transformer.dtype)}] for n in tokens
         ]
-    estimate = memory.lora_bytes(DOPSDZImagePipeline, transformer, noise, contexts, args)
+    estimate = memory.lora_bytes(memory.pipeline_of(DOPSDZImagePipeline, transformer), (noise, *contexts), args)
     trained = sum(p.numel() for p in real.parameters)
     # gradients and weights that visit are allocated within the step; other weights, teacher and optimiser stand before it
     visiting = estimate["weights"] - sum(p.nbytes for p in real.transformer.parameters() if not p.requires_grad)
@@ -119,14 +119,14 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
     full.save_memory_and_time(pipeline.transformer, args)
     teacher = full.FullTeacher(pipeline.transformer, args, accelerator)
     full.make_trainable(pipeline, args)
-    backward = full.backward_each_state
+    losses_of, backward = full.rollout, full.backward_each_state
     if args.fused_backward_pass:
-        backward = full.backward_all_states
+        losses_of, backward = full.rollout_in_one_batch, full.backward_all_states
         full.fuse_updates(pipeline.transformer.parameters(), SimpleNamespace(step=lambda: None))
 
     def step():
         pipeline.transformer.zero_grad()
-        states = full.rollout(pipeline, pipeline.transformer, teacher, batch, args, accelerator)
+        states = losses_of(pipeline, pipeline.transformer, teacher, batch, args, accelerator)
         backward(states, pipeline.transformer, args, accelerator, True)
 
     measured = step_cost.peak_bytes(step, torch.device("cpu"))
@@ -335,8 +335,7 @@ def test_recipes_fit_their_cards(path, tmp_path):
     args = memory.recipe_args(path)
     assert args.resolution == 1024
     name = path.stem.rsplit("_", 1)[0]
-    title, family, latents, tokens, width = memory.LORA_MODELS[name]
-    assert args.pretrained_model_name_or_path.endswith(title)
+    assert args.pretrained_model_name_or_path.endswith(memory.MODELS_AT_1024[name][0])
     # what the shell makes of the file is the command that was read from it
     (tmp_path / "accelerate").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "accelerate").chmod(0o755)

@@ -1,17 +1,15 @@
 """Whole runs of both scripts: resume, precision, optimisers, validation, several processes."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import LORA, WEIGHTS, patch_velocity
+from conftest import LORA, WEIGHTS, patch_velocity, run_two_processes
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -218,6 +216,14 @@ def test_prior_prompts_have_a_teacher_that_sees_no_image(train_any, pipeline, tm
     assert all(any(torch.equal(embeds, wanted) for wanted in expected) for embeds in student[2] + student[5])
 
 
+def test_pictures_are_decoded_as_in_inference(train_any, tmp_path, monkeypatch):
+    """Autocast would widen what the VAE holds, at 1024 pixels by a gigabyte, and change the pictures."""
+    cast, decode = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *a, **k: cast.append(torch.is_autocast_enabled("cpu")) or decode(*a, **k))
+    train_any(tmp_path, mixed_precision="bf16", max_train_steps=1, validation_steps=1, num_validation_images=1)
+    assert cast and not any(cast)
+
+
 def test_unused_vae_does_not_change_the_training(train_any, tmp_path):
     """The size of the latents follows from the VAE, also where no validation needs its weights."""
     with_vae = train_any(tmp_path / "with", validation_steps=100, num_validation_images=1)
@@ -229,28 +235,20 @@ def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subpr
     """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
     changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, **changes)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-    ]
-    command = [sys.executable, *launcher, train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)]
-    result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], subprocess_env)
     ours, theirs = load_file(one / train_any.result), load_file(tmp_path / "two" / train_any.result)
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
     first, last = (tensors_of(one / f"checkpoint-{step}") for step in (1, 3))
     assert max((first[n] - last[n]).abs().max() for n in first if n.startswith(train_any.student)) > 1e-4
+
+
+def test_two_processes_share_a_quantised_base(train, tmp_path, subprocess_env):
+    """Packed weights cannot be sent to the other process; they are read from the same files."""
+    changes = {"max_train_steps": 1, "quantization": "int8", "mixed_precision": "bf16"}
+    run_two_processes([train.module.__file__, *train.flags(tmp_path, "--gradient_checkpointing", **changes)], subprocess_env)
+    assert all((w != 0).any() for name, w in load_file(tmp_path / LORA).items() if "lora_B" in name)
 
 
 def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Memory that training takes, computed from model configs alone; prints the README's tables.
 
-    python examples/benchmarks/memory.py          # full fine-tuning: what is held besides activations
+    python examples/benchmarks/memory.py          # full fine-tuning: what is held, and the activations of a step
     python examples/benchmarks/memory.py lora     # a LoRA: the peak of each command in examples/recipes/, and which fit this GPU
     python examples/benchmarks/memory.py lora --recipe z_image_turbo_24gb --offloaded_blocks 0.2   # one, with further flags
     python examples/benchmarks/memory.py lora --gpu_gib 16                       # which fit a card of that size
@@ -8,6 +8,7 @@
 """
 
 import argparse
+import copy
 import re
 import shlex
 import sys
@@ -50,7 +51,7 @@ SETTINGS = [
 def parse(flags, mixed_precision="bf16"):
     """Arguments of train_dopsd_full.py for a string of flags."""
     needed = f"--pretrained_model_name_or_path base --instance_data_dir data --output_dir out --mixed_precision {mixed_precision}"
-    return full.parse_args([*needed.split(), *flags.split()])
+    return full.parse_args([*needed.split(), "--gradient_checkpointing", *flags.split()])
 
 
 def parameters_of(model_class, config):
@@ -76,10 +77,26 @@ CUDA_GIB = 1.0  # of CUDA itself and of what its allocator cannot use
 
 
 # name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
-LORA_MODELS = {
+MODELS_AT_1024 = {
     "z_image_turbo": ("Z-Image-Turbo", DOPSDZImagePipeline, (16, 128, 128), (124, 700), 2560),
     "flux2_klein_4b": ("FLUX.2-klein-4B", DOPSDFlux2KleinPipeline, (128, 64, 64), (512, 512), 7680),
 }
+
+
+def without_weights(model, batch_size):
+    """Name, pipeline and batch of one of MODELS_AT_1024, with tensors on the meta device."""
+    name, family, latents, tokens, width = MODELS_AT_1024[model]
+    kind, config = MODELS[name]
+    with torch.device("meta"):
+        transformer = kind(**config).to(torch.bfloat16).requires_grad_(False)
+        noise = torch.empty(batch_size, *latents)
+        contexts = [[{"prompt_embeds": torch.empty(n, width, dtype=torch.bfloat16)} for _ in noise] for n in tokens]
+    return name, pipeline_of(family, transformer), (noise, *contexts)
+
+
+def pipeline_of(family, transformer):
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    return family(FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer, **parts)
 
 
 def recipe_args(path, more=()):
@@ -88,15 +105,9 @@ def recipe_args(path, more=()):
     return lora.parse_args([*shlex.split(command), *more])
 
 
-def lora_bytes(family, transformer, noise, contexts, args):
-    """Peak bytes by kind (see `train_dopsd_lora.estimate_memory`) for a transformer, noise (B, C, h, w) and contexts on the meta
-    device."""
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    pipeline = family(
-        FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer.requires_grad_(False), **parts
-    )
-    targets = lora.find_lora_targets(pipeline, args)
-    return lora.estimate_memory(pipeline, targets, (noise, *contexts), args, Accelerator())
+def lora_bytes(pipeline, batch, args):
+    """Peak bytes by kind, see `train_dopsd_lora.estimate_memory`."""
+    return lora.estimate_memory(pipeline, lora.find_lora_targets(pipeline, args), batch, args, Accelerator())
 
 
 def encoder_bytes(name, quantization):
@@ -123,15 +134,9 @@ def print_lora(options, more):
     for path in sorted(
         RECIPES.glob(f"{options.recipe}.sh"), key=lambda p: (re.sub(r"_\d+gb", "", p.stem), -int(re.search(r"(\d+)gb", p.stem)[1]))
     ):
-        name, family, latents, tokens, width = LORA_MODELS[re.sub(r"_\d+gb", "", path.stem)]
         args = recipe_args(path, more)
-        with torch.device("meta"):
-            transformer = MODELS[name][0](**MODELS[name][1]).to(torch.bfloat16)
-            noise = torch.empty(args.train_batch_size, *latents)
-            contexts = [
-                [{"prompt_embeds": torch.empty(n, width, dtype=torch.bfloat16)} for _ in noise] for n in tokens
-            ]
-        estimate = lora_bytes(family, transformer, noise, contexts, args)
+        name, *planned = without_weights(re.sub(r"_\d+gb", "", path.stem), args.train_batch_size)
+        estimate = lora_bytes(*planned, args)
         flags = path.read_text().split("--resolution 1024 ")[1].replace("\\\n", "").replace('"$@"', " ".join(more))
         cells = [f"{size / 2**30:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
         print(f"| {path.name} | `{' '.join(flags.split())}` | {' | '.join(cells)} |", flush=True)
@@ -143,22 +148,22 @@ def print_lora(options, more):
 
 
 def print_full():
-    parameters = {name: parameters_of(*model) for name, model in MODELS.items()}
-    counts = {name: sum(p.numel() for p in ps) for name, ps in parameters.items()}
-    names = [f"{name} ({count / 1e9:.2f} B)" for name, count in counts.items()]
+    """GiB of the models are those of what is held and, after the plus, the activations at 1024 x 1024."""
+    planned = {name: (pipeline, batch) for name, pipeline, batch in (without_weights(model, 1) for model in MODELS_AT_1024)}
+    counts = {name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, (pipeline, _) in planned.items()}
+    names = [f"{name} ({count / 1e9:.2f} B), GiB" for name, count in counts.items()]
     print("| flags | weights | gradients | optimiser | teacher | bytes per parameter |", " | ".join(names), "|")
     print("|---|" + "---|" * (5 + len(names)))
     for flags in SETTINGS:
-        args = parse(flags)
-        held = {name: full.held_bytes(ps, args) for name, ps in parameters.items()}
-        first, count = held["Z-Image-Turbo"], counts["Z-Image-Turbo"]
-        kinds = ("weights", "gradients", "optimizer", "teacher")
-        cells = [f"{first[kind] / count:.1f}" for kind in kinds] + [f"{sum(first[k] for k in kinds) / count:.1f}"]
-        for name, values in held.items():
+        args, cells = parse(flags), []
+        for name, (pipeline, batch) in planned.items():
+            estimate = full.estimate_full_memory(copy.deepcopy(pipeline), batch, args, Accelerator())
+            activations = estimate.pop("activations")
+            cells = cells or [f"{size / counts[name]:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
             average = 4 * counts[name] / 2**30  # in fp32
-            host = f" + {average:.0f} on the CPU" if args.ema_device == "cpu" and 0 < args.ema_decay < 1 else ""
-            cells.append(f"{sum(values[k] for k in kinds) / 2**30:.1f} GiB{host}")
-        print(f"| `{flags or 'none'}` | {' | '.join(cells)} |")
+            host = f", {average:.0f} on the CPU" if args.ema_device == "cpu" and 0 < args.ema_decay < 1 else ""
+            cells.append(f"{sum(estimate.values()) / 2**30:.1f} + {activations / 2**30:.1f}{host}")
+        print(f"| {f'`{flags}`' if flags else ''} | {' | '.join(cells)} |", flush=True)
 
 
 def main():
