@@ -272,7 +272,7 @@ def check_arguments(parser, args):
         parser.error("give either --instance_data_dir or --dataset_name")
     for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
                  "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
-        if getattr(args, name, 1) < 1:
+        if getattr(args, name, 1) < 1:  # the last two are of one script each
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
@@ -673,6 +673,8 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
             encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
     del pipeline
     free_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     accelerator.wait_for_everyone()
 
 
@@ -788,13 +790,15 @@ class FullTeacher:
 
     def step(self):
         """To be called after each update of the student."""
+        if not self.shadow:
+            return
         self.age += 1
         if not self.on_cpu or self.age == self.refresh_steps:
             self.refresh()
 
     def refresh(self):
         """Brings average and network up to the last step; also at checkpoints, since a resumed run starts so."""
-        if self.shadow and self.age:
+        if self.age:
             update_ema(self.shadow.values(), self.student.state_dict().values(), self.decay**self.age)
         self.age = 0
         if self.on_cpu:
@@ -1594,8 +1598,6 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     pending, started = [], time.perf_counter()
     for step in bar:
         losses = 0.0

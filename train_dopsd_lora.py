@@ -263,7 +263,7 @@ def check_arguments(parser, args):
         parser.error("give either --instance_data_dir or --dataset_name")
     for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
                  "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
-        if getattr(args, name, 1) < 1:
+        if getattr(args, name, 1) < 1:  # the last two are of one script each
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
@@ -670,6 +670,8 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
             encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
     del pipeline
     free_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     accelerator.wait_for_everyone()
 
 
@@ -1557,8 +1559,6 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
     pending, started = [], time.perf_counter()
     for step in bar:
         losses = 0.0

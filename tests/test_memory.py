@@ -335,7 +335,7 @@ def test_recipes_fit_their_cards(path, tmp_path):
     args = memory.recipe_args(path)
     assert args.resolution == 1024
     name = path.stem.rsplit("_", 1)[0]
-    assert args.pretrained_model_name_or_path.endswith(memory.MODELS_AT_1024[name][0])
+    assert args.pretrained_model_name_or_path.endswith(memory.MODELS[name][0])
     # what the shell makes of the file is the command that was read from it
     (tmp_path / "accelerate").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "accelerate").chmod(0o755)

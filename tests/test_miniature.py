@@ -141,10 +141,10 @@ def test_weights_stay_small():
 
 def test_comparison_reports_the_best_rate_and_its_training_seeds(tmp_path, monkeypatch, capsys):
     """A row of the README's table would show the figures of another rate or run."""
-    right = {"3e-4": 0.2, "0.001": 0.6, "0.003": 0.4}
+    shares = {"0.0003": 0.2, "0.001": 0.6, "0.003": 0.4, "0.001-seed1": 0.5, "0.001-seed2": 0.7}
     for name in CONCEPTS:
-        for run, share in {**right, "0.001-seed1": 0.5, "0.001-seed2": 0.7}.items():
-            folder = tmp_path / f"{name}-sft-{run.replace('3e-4', '0.0003')}"
+        for run, share in shares.items():
+            folder = tmp_path / f"{name}-sft-{run}"
             folder.mkdir()
             (folder / "pytorch_lora_weights.safetensors").touch()
             figures = {"concept": [share, share], "right": [0.9, 0.9], "detail": 1.0, "frechet": 100.0}

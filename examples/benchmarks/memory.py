@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 
@@ -29,13 +29,6 @@ from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDZImagePipeline  # noqa:
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-MODELS = {
-    "Z-Image-Turbo": (ZImageTransformer2DModel, {}),
-    "FLUX.2-klein-4B": (
-        Flux2Transformer2DModel,
-        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
-    ),
-}  # fmt: skip
 SETTINGS = [
     "",
     "--use_8bit_adam",
@@ -54,12 +47,6 @@ def parse(flags, mixed_precision="bf16"):
     return full.parse_args([*needed.split(), "--gradient_checkpointing", *flags.split()])
 
 
-def parameters_of(model_class, config):
-    """All parameters of a model, on the meta device."""
-    with torch.device("meta"):
-        return list(model_class(**config).parameters())
-
-
 # what the configs of Qwen3-VL-4B-Instruct and -8B-Instruct say of language model, vision part and output matrix
 ENCODERS = {
     "Qwen3-VL-4B": (
@@ -76,25 +63,30 @@ ENCODERS = {
 CUDA_GIB = 1.0  # of CUDA itself and of what its allocator cannot use
 
 
-# name in the recipes -> model, family, latents (C, h, w) at 1024 x 1024, tokens and width of the student's and the teacher's context
-MODELS_AT_1024 = {
-    "z_image_turbo": ("Z-Image-Turbo", DOPSDZImagePipeline, (16, 128, 128), (124, 700), 2560),
-    "flux2_klein_4b": ("FLUX.2-klein-4B", DOPSDFlux2KleinPipeline, (128, 64, 64), (512, 512), 7680),
-}
+# name in the recipes -> model, family, what its transformer's config has other than the class's defaults, latents (C, h, w) at
+# 1024 x 1024, tokens and width of the student's and the teacher's context
+MODELS = {
+    "z_image_turbo": ("Z-Image-Turbo", DOPSDZImagePipeline, {}, (16, 128, 128), (124, 700), 2560),
+    "flux2_klein_4b": (
+        "FLUX.2-klein-4B", DOPSDFlux2KleinPipeline,
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
+        (128, 64, 64), (512, 512), 7680,
+    ),
+}  # fmt: skip
 
 
 def without_weights(model, batch_size):
-    """Name, pipeline and batch of one of MODELS_AT_1024, with tensors on the meta device."""
-    name, family, latents, tokens, width = MODELS_AT_1024[model]
-    kind, config = MODELS[name]
+    """Name, pipeline and batch of one of MODELS, with tensors on the meta device."""
+    name, family, config, latents, tokens, width = MODELS[model]
     with torch.device("meta"):
-        transformer = kind(**config).to(torch.bfloat16).requires_grad_(False)
+        transformer = family.transformer_class(**config).to(torch.bfloat16).requires_grad_(False)
         noise = torch.empty(batch_size, *latents)
         contexts = [[{"prompt_embeds": torch.empty(n, width, dtype=torch.bfloat16)} for _ in noise] for n in tokens]
     return name, pipeline_of(family, transformer), (noise, *contexts)
 
 
 def pipeline_of(family, transformer):
+    """The pipeline of a transformer, without what turns prompts and pictures into tensors."""
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     return family(FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer, **parts)
 
@@ -149,18 +141,18 @@ def print_lora(options, more):
 
 def print_full():
     """GiB of the models are those of what is held and, after the plus, the activations at 1024 x 1024."""
-    planned = {name: (pipeline, batch) for name, pipeline, batch in (without_weights(model, 1) for model in MODELS_AT_1024)}
-    counts = {name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, (pipeline, _) in planned.items()}
-    names = [f"{name} ({count / 1e9:.2f} B), GiB" for name, count in counts.items()]
+    planned = [without_weights(model, 1) for model in MODELS]
+    counts = [sum(p.numel() for p in pipeline.transformer.parameters()) for _, pipeline, _ in planned]
+    names = [f"{name} ({count / 1e9:.2f} B), GiB" for (name, *_), count in zip(planned, counts)]
     print("| flags | weights | gradients | optimiser | teacher | bytes per parameter |", " | ".join(names), "|")
     print("|---|" + "---|" * (5 + len(names)))
     for flags in SETTINGS:
         args, cells = parse(flags), []
-        for name, (pipeline, batch) in planned.items():
+        for (_, pipeline, batch), count in zip(planned, counts):
             estimate = full.estimate_full_memory(copy.deepcopy(pipeline), batch, args, Accelerator())
             activations = estimate.pop("activations")
-            cells = cells or [f"{size / counts[name]:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
-            average = 4 * counts[name] / 2**30  # in fp32
+            cells = cells or [f"{size / count:.1f}" for size in (*estimate.values(), sum(estimate.values()))]
+            average = 4 * count / 2**30  # in fp32
             host = f", {average:.0f} on the CPU" if args.ema_device == "cpu" and 0 < args.ema_decay < 1 else ""
             cells.append(f"{sum(estimate.values()) / 2**30:.1f} + {activations / 2**30:.1f}{host}")
         print(f"| {f'`{flags}`' if flags else ''} | {' | '.join(cells)} |", flush=True)

@@ -8,9 +8,10 @@ text half of klein's double-stream blocks) at the same rank with the same optimi
 same number of transformer passes (a forward or a backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher
 forward, student forward and backward at each state), an SFT step 2, a DreamBooth step 4. With prior prompts, a third of the
 D-OPSD steps is on those. Each method's learning rate is picked by the same rule, the highest sum of concept accuracy and
-unrelated accuracy; with --training_seeds, that rate is trained with further seeds. The control is D-OPSD whose teacher is shown pictures of ANOTHER concept. On klein, D-OPSD has four
-teachers: they see a picture in the multimodal context or as a reference image, the training picture itself or another one of
-the set; all with prior prompts. Finished runs are kept in --work_dir and not run again.
+unrelated accuracy; with --training_seeds, that rate is trained with further seeds. The control is D-OPSD whose teacher is shown
+pictures of ANOTHER concept. On klein, D-OPSD has four teachers: they see a picture in the multimodal context or as a reference
+image, the training picture itself or another one of the set; all with prior prompts. Finished runs are kept in --work_dir and
+not run again.
 """
 
 import argparse
@@ -154,10 +155,10 @@ def main():
     if args.training_seeds > 1:
         print(f"\nTraining seeds 0 to {args.training_seeds - 1} at the best rate, per cent: mean over noise seeds for each\n")
         print("| concept | method | concept right | unrelated prompts right |\n|---|---|---|---|")
-        for (method, name), rate in sorted(best.items(), key=lambda item: list(CONCEPTS).index(item[0][1])):
-            runs = [results[method, name, rate, seed] for seed in range(args.training_seeds) if method != "control"]
-            cells = [", ".join(f"{100 * np.mean(f[k]):.0f}" for f in runs) for k in ("concept", "right")]
-            if runs:
+        for name in CONCEPTS:
+            for method in methods:
+                runs = [results[method, name, best[method, name], seed] for seed in range(args.training_seeds)]
+                cells = [", ".join(f"{100 * np.mean(f[k]):.0f}" for f in runs) for k in ("concept", "right")]
                 print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
 
 
