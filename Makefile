@@ -1,4 +1,5 @@
 # make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
+# make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--seed 0
 
-.PHONY: demo test lint
+.PHONY: demo test lint fix-copies
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,3 +42,6 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+
+fix-copies:
+	$(PYTHON) utils/fix_copies.py
