@@ -40,6 +40,7 @@ the student that also sees the training image, predicts the velocity at the same
 import argparse
 import contextlib
 import copy
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -51,10 +52,13 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import unittest.mock
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -62,8 +66,10 @@ import numpy as np
 import psutil
 import torch
 import transformers
+import xxhash
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
@@ -85,6 +91,7 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
 )
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
+from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
     ModelCard,
@@ -99,8 +106,14 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,7 +123,7 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
 import pipeline_dopsd
-from pipeline_dopsd import MultimodalEncoder, family_of
+from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of
 
 
 # Raises if the minimal version of diffusers is not installed.
@@ -120,15 +133,18 @@ logger = get_logger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
-STATE_NAME = "trainer_state.json"
-LOSSES_NAME = "losses.csv"
-REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
-# flags that a resumed run must share with the run before it
-FIXED_ON_RESUME = {
-    "seed", "rollout_steps", "ema_decay", "loss_weighting", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "optimizer", "stochastic_rounding",
-    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
-    "encoder_quantization",
+STATE_NAME = "dopsd_state.json"
+OPTIMIZER_NAME = "optimizer.bin"
+REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
+# flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and savings of
+# memory that change no result
+MAY_CHANGE = {
+    "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
+    "image_column", "caption_column", "reference_column", "instance_prompt", "prior_prompts", "context_cache_dir", "output_dir",
+    "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
+    "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
+    "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
 }  # fmt: skip
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
@@ -224,6 +240,8 @@ def add_training_arguments(parser):
 def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
+    add("--overwrite_output_dir", action="store_true", help="Start anew in an OUTPUT_DIR that holds a run: what that run wrote is "
+        "removed, contexts excepted.")
     add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
@@ -280,6 +298,8 @@ def check_arguments(parser, args):
         parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
     if args.prior_every < 2:
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        parser.error("--overwrite_output_dir starts anew: leave out --resume_from_checkpoint")
     if args.hub_push_checkpoints and not args.push_to_hub:
         parser.error("--hub_push_checkpoints needs --push_to_hub")
     if args.hub_timeout <= 0:
@@ -298,6 +318,7 @@ def parse_args(input_args=None):
     add_full_arguments(parser)
     add_training_arguments(parser)
     add_output_arguments(parser)
+    parser.set_defaults(checkpoints_total_limit=2)  # each is several times the model
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
     check_full_arguments(parser, args)
@@ -864,37 +885,258 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
         tracker.log_images({"student | teacher | training image": np.asarray(grid)[None]}, step=step, **layout)
 
 
+# ------------------------------------------------------------------------------------------------------ output folder
+def open_output_dir(args):
+    """Makes OUTPUT_DIR and takes its lock: one run per folder. The system frees it when the process ends, however it ends.
+
+    Returns:
+        The lock, which is to be kept.
+
+    Raises:
+        ValueError: the folder is not writable, belongs to the data or the models, or another run has it.
+    """
+    folder = Path(args.output_dir)
+    for flag in ("instance_data_dir", "dataset_name", "pretrained_model_name_or_path", "vlm_model_name_or_path"):
+        other, ours = Path(getattr(args, flag) or folder / "none").resolve(), folder.resolve()
+        around = "data" in flag and other.is_relative_to(ours)
+        if other.is_dir() and (ours.is_relative_to(other) or around):
+            raise ValueError(f"--output_dir {folder} and --{flag} {other} lie in one another; choose a folder outside.")
+    lock, owner = FileLock(folder / ".lock", is_singleton=True), folder / ".lock_owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        owner.write_text(str(os.getpid()))
+    except Timeout as error:
+        process = f"process {owner.read_text()}" if owner.exists() else "another process"
+        raise ValueError(f"--output_dir {folder} is in use by {process}; wait for it or choose another folder.") from error
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} is not writable ({error.strerror}).") from error
+    return lock
+
+
+def check_output_dir(args):
+    """Refuses an OUTPUT_DIR where something would be lost or mixed up.
+
+    Raises:
+        ValueError: with one sentence that says what is there and which ways out there are.
+    """
+    folder = Path(args.output_dir)
+    checkpoints = list_checkpoints(folder)
+    if args.resume_from_checkpoint == "latest" and checkpoints:
+        return
+    if args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == folder.resolve():
+        asked = [c for c in checkpoints if c.name == Path(args.resume_from_checkpoint).name]
+        if asked and checkpoints[-1] != asked[0]:
+            raise ValueError(
+                f"--resume_from_checkpoint {asked[0]}: the steps from there on would be mixed with {checkpoints[-1].name}, which is "
+                "later; give another --output_dir, or move the later checkpoints away."
+            )
+        return
+    own = [path for path in checkpoints if (path / STATE_NAME).exists()]
+    foreign = [path.name for path in checkpoints if path not in own]
+    results = [path.name for path in results_in(folder)]
+    if not own and SETTINGS_NAME not in results:  # of another program, or somebody's project
+        foreign += results
+    if foreign:
+        raise ValueError(f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder.")
+    if (own or results) and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {folder} holds a run ({[*own, *results_in(folder)][0].name}). Go on with it (--resume_from_checkpoint "
+            "latest), choose another folder, or remove what it wrote (--overwrite_output_dir)."
+        )
+
+
+def results_in(folder):
+    """What the end of a run writes into OUTPUT_DIR."""
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is of something else
+        parts = component_folders(json.loads((folder / "model_index.json").read_text()))
+        return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES, *parts) if (folder / n).exists()]
+    return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES) if (folder / n).exists()]
+
+
+def component_folders(index):
+    """Names of the components, each a folder, that a model_index.json lists."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] and not name.startswith("_")]
+
+
+def clear_output_dir(args):
+    """Removes what a run wrote into OUTPUT_DIR, and nothing else; contexts are kept."""
+    folder = Path(args.output_dir)
+    pictures = [*folder.glob("validation/step-*.png"), *folder.glob("samples/*.png"), *folder.glob("logs/dopsd*")]
+    for path in [*list_checkpoints(folder), *folder.glob(".*.tmp"), *results_in(folder), *pictures]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+class Stop:
+    """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when a second
+    one comes, the process ends at once. A launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
+
+    def __init__(self):
+        self.number, self.training = 0, False
+
+    def listen(self):
+        """To be called once, by the main thread of a process."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks one
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self.note)
+        parent = psutil.Process().parent()
+        with contextlib.suppress(psutil.Error, AttributeError):
+            if any(word in " ".join(parent.cmdline()) for word in ("accelerate", "torchrun", "torch.distributed")):
+                threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
+
+    def watch(self, parent):
+        while parent.is_running() and os.getppid() == parent.pid:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, number, frame):
+        name = signal.Signals(number).name
+        if self.number or not self.training:
+            os.write(2, f"\nStopped by {name}. What was written is kept; the same command goes on from it.\n".encode())
+            os._exit(128 + number)
+        os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
+        self.number = number
+
+    def asked(self, accelerator):
+        """Number of a signal that any of the processes has had, or 0: the same in all of them."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+STOP = Stop()
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
+@dataclasses.dataclass
+class Training:
+    """What the steps of a run change, and what its checkpoints hold.
+
+    Args:
+        networks: folder in a checkpoint -> name -> live tensor, of student and teacher.
+        identity: see `identity_of`.
+        prepare: called with a checkpoint's folder before anything is written there.
+    """
+
+    accelerator: Accelerator
+    transformer: torch.nn.Module
+    teacher: object
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    networks: dict
+    identity: dict
+    prepare: Callable
+
+
 def list_checkpoints(output_dir):
-    """Complete checkpoint folders, oldest first."""
-    return sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    """Folders that are named as complete checkpoints, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint):
+    """The step that the name of a checkpoint says."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def checksum(path):
+    """Checksum of a file, once its content is on the disk."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb+" if os.access(path, os.W_OK) else "rb") as file:
+        os.fsync(file.fileno())
+        for chunk in iter(lambda: file.read(2**24), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of(value):
+    """Checksum of what JSON can hold."""
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(checkpoint):
+    """What `save_checkpoint` noted of a checkpoint, after a look at every byte of it.
+
+    Raises:
+        ValueError: something is missing or damaged.
+    """
+    name = STATE_NAME
+    try:
+        state = json.loads((checkpoint / name).read_text("utf-8"))
+        if state.pop("checksum") != digest_of(state):
+            raise ValueError("it has changed since it was written")
+        for name, wanted in state["files"].items():
+            if checksum(checkpoint / name) != wanted:
+                raise ValueError("it has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint} is missing or damaged ({name}: {error})") from error
+    return {**state, "path": checkpoint}
 
 
 def find_checkpoint(args):
-    """The checkpoint folder to resume from, or None.
+    """What `read_state` gives of the checkpoint to resume from, or None. `latest` is the newest that is whole.
 
     Raises:
-        ValueError: it is missing or incomplete, or it was made with other settings.
+        ValueError: it is missing or damaged, or of the other script.
     """
-    if not args.resume_from_checkpoint:
+    latest = args.resume_from_checkpoint == "latest"
+    paths = list_checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint or "")]
+    if not paths or not args.resume_from_checkpoint:
         return None
-    path = Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        found = list_checkpoints(args.output_dir)
-        if not found:
-            return None
-        path = found[-1]
-    try:
-        state = json.loads((path / STATE_NAME).read_text())
-        for name, size in state["files"].items():
-            if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {size}")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--resume_from_checkpoint {path} is missing or half-written ({error}).") from error
+    for path in paths:
+        try:
+            state = read_state(path)
+        except ValueError as error:
+            damage = f"--resume_from_checkpoint: {error}"
+            logger.warning(f"{damage}.")
+            continue
+        if state["script"] != Path(__file__).name:
+            raise ValueError(f"--resume_from_checkpoint {path} is of {state['script']}; go on with that script.")
+        return state
+    raise ValueError(f"{damage}; no other checkpoint was tried." if not latest else f"{damage}; no checkpoint is whole.")
+
+
+def identity_of(args, dataset, cache):
+    """What the weights of a run depend on, besides its flags: name -> checksum or number."""
+    return {
+        "images": digest_of(list(dataset["image_hash"])),
+        "captions": digest_of(list(dataset["captions"])),
+        "references": digest_of(list(dataset["reference_hashes"])),
+        "prior prompts": digest_of(read_prior_prompts(args)),
+        "weights of text encoder, VAE or VLM": digest_of(cache.models),
+        "weights of the transformer": sample_weights(args),
+        "number of images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
+        "way of sharing weights among processes": "FSDP" if AcceleratorState().distributed_type == DistributedType.FSDP else "none",
+    }
+
+
+def sample_weights(args):
+    """Checksum over samples of the files of the base's transformer, whose gigabytes are not read."""
+    base, samples = Path(args.pretrained_model_name_or_path), []
+    if not base.is_dir():
+        base = Path(snapshot_download(str(base), revision=args.revision, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
+    for path in sorted(base.glob("transformer/*.safetensors")):
+        if len(path.name.split(".")) == (3 if args.variant else 2) and f".{args.variant or ''}" in path.name:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                for k in range(64):
+                    file.seek(size * k // 64)
+                    samples.append(file.read(4096).hex())
+    return digest_of(samples)
+
+
+def check_resume(state, identity, args):
+    """Raises ValueError where going on from a checkpoint would be another training; see `MAY_CHANGE`."""
+    checkpoint = state["path"]
     for name, value in state["settings"].items():
-        if name in FIXED_ON_RESUME and value != getattr(args, name):
-            raise ValueError(f"--{name} is {getattr(args, name)}, but {path} was trained with {value}.")
-    return path
+        if name not in MAY_CHANGE and value != getattr(args, name, None):
+            raise ValueError(f"--{name} is {getattr(args, name, None)}, but {checkpoint} was trained with {value}.")
+    for name, value in state["identity"].items():
+        if value != identity[name]:
+            raise ValueError(f"{checkpoint} was trained with another {name}: go on with the same, or start anew in another --output_dir.")
+    if state["step"] > args.max_train_steps:
+        raise ValueError(f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}: give at least {state['step']}.")
 
 
 def save_weights(tensors, folder, dtype=None):
@@ -912,51 +1154,101 @@ def save_weights(tensors, folder, dtype=None):
 
 @torch.no_grad()
 def load_weights(tensors, folder):
-    """Copies what `save_weights` wrote into `tensors`."""
+    """Copies what `save_weights` wrote into `tensors`. Raises ValueError where names or shapes differ."""
+    missing = set(tensors)
     for path in sorted(folder.glob("*.safetensors")):
         for name, saved in load_file(path).items():
-            target = tensors[name]
+            target = tensors.get(name)
+            if target is None or target.shape != saved.shape:
+                raise ValueError(f"{path.name} has another {name}")
             if isinstance(target, DTensor):
                 saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
             target.copy_(saved)
+            missing.discard(name)
+    if missing:
+        raise ValueError(f"{folder.name} lacks {min(missing)}")
 
 
-def register_checkpoint_hooks(accelerator, networks):
-    """Makes accelerate save and load exactly `networks` (folder name -> name -> live tensor), as safetensors."""
-
-    def save(models, weights, output_dir):
-        weights.clear()
-        for network, tensors in networks.items():
-            save_weights(tensors, Path(output_dir) / network)
-
-    def load(models, input_dir):
-        models.clear()
-        for network, tensors in networks.items():
-            load_weights(tensors, Path(input_dir) / network)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_checkpoint(accelerator, args, step):
-    """Writes checkpoint-STEP aside, renames it when complete, and only then removes the oldest beyond the limit."""
-    final = Path(args.output_dir) / f"checkpoint-{step}"
-    aside = Path(args.output_dir) / f".checkpoint-{step}.tmp"
+def save_checkpoint(training, args, step):
+    """Writes checkpoint-STEP aside, renames it when all of it is on the disk, and only then removes the oldest beyond the limit."""
+    folder, accelerator = Path(args.output_dir), training.accelerator
+    final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        for left in folder.glob(".checkpoint-*.tmp"):  # of runs that were killed
+            shutil.rmtree(left)
+        aside.mkdir()
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
+    training.prepare(aside)
+    for network, tensors in training.networks.items():
+        save_weights(tensors, aside / network)
+    optimizer = optimizer_state(training)
     if accelerator.is_main_process:
-        files = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        state = {"step": step, "settings": settings_of(args), "files": files}
-        (aside / STATE_NAME).write_text(json.dumps(state, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
+        with open(aside / OPTIMIZER_NAME, "wb") as file:
+            torch.save(optimizer, file)
+        files = {p.relative_to(aside).as_posix(): checksum(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        state = {"step": step, "script": Path(__file__).name, "settings": settings_of(args), "identity": training.identity, "files": files}
+        (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
+        checksum(aside / STATE_NAME)
+        if final.exists():  # a damaged one, which was passed over
+            final.rename(folder / f".checkpoint-{step}.old.tmp")
         aside.rename(final)
-        if args.checkpoints_total_limit:
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+        whole = [path for path in list_checkpoints(folder) if step_of(path) <= step]
+        for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def optimizer_state(training):
+    """State of optimiser and gradient scaler; with FSDP whole tensors, on the main process alone."""
+    scaler, optimizer = training.accelerator.scaler, training.optimizer.optimizer
+    if training.accelerator.is_fsdp2:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return {"optimizer": get_optimizer_state_dict(training.transformer, optimizer, options=options)}
+    return {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
+
+
+def resume(training, state):
+    """Loads a checkpoint, if there is one. Nothing in it can run code. Returns the step to start from.
+
+    Raises:
+        InputError: it cannot be loaded, though its checksums are right.
+    """
+    if not state:
+        return 0
+    checkpoint = state["path"]
+    scaler, optimizer = training.accelerator.scaler, training.optimizer.optimizer
+    try:
+        for network, tensors in training.networks.items():
+            load_weights(tensors, checkpoint / network)
+        saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        if training.accelerator.is_fsdp2:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            set_optimizer_state_dict(training.transformer, optimizer, saved["optimizer"], options=options)
+        else:
+            optimizer.load_state_dict(saved["optimizer"])
+        if scaler:
+            scaler.load_state_dict(saved["scaler"])
+        training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
+    except Exception as error:  # whatever somebody put there
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"--resume_from_checkpoint {checkpoint} cannot be loaded ({reason}).") from error
+    logger.info(f"Resumed from {checkpoint} at step {state['step']}.")
+    return state["step"]
+
+
+def report_disk(training, args, first_step):
+    """Logs how much the checkpoints to come take, and warns if the disk has less."""
+    tensors = [t for network in training.networks.values() for t in network.values()]
+    # student and teacher; the optimiser's states take at most two numbers in fp32 for each trained one
+    trained = sum(p.nbytes for group in training.optimizer.param_groups for p in group["params"])
+    size = sum(t.nbytes for t in tensors) + 2 * trained
+    count = math.ceil((args.max_train_steps - first_step) / args.checkpointing_steps)
+    kept = min(count, args.checkpoints_total_limit or count)
+    needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
+    logger.info(f"Checkpoints: {kept} of at most {size / 2**30:.2f} GiB each (see --checkpointing_steps and --checkpoints_total_limit).")
+    free = shutil.disk_usage(args.output_dir).free
+    if needed > free:
+        logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
 
 
 def settings_of(args):
@@ -973,17 +1265,13 @@ def public_settings(args):
     return {name: shown(value) for name, value in settings_of(args).items()}
 
 
-def register_full_hooks(accelerator, transformer, teacher, networks):
-    """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are
-    written that make the folders loadable."""
-
-    def prepare(models, weights, output_dir):
-        teacher.refresh()
-        if accelerator.is_main_process:
-            for network in networks:
-                transformer.save_config(Path(output_dir) / network)
-
-    accelerator.register_save_state_pre_hook(prepare)
+def prepare_checkpoint(transformer, teacher, networks, folder):
+    """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are written
+    that make the folders loadable."""
+    teacher.refresh()
+    if PartialState().is_main_process:
+        for network in networks:
+            transformer.save_config(folder / network)
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -1010,11 +1298,6 @@ def save_pipeline(transformer, family, args):
     # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__} as Pipeline  # noqa: F401\n")
     (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
-
-
-def component_folders(index):
-    """Names of the components, each a folder, that a model_index.json lists."""
-    return [name for name, value in index.items() if isinstance(value, list) and value[0]]
 
 
 # ------------------------------------------------------------------------------------------------------- card and push
@@ -1068,27 +1351,6 @@ def training_command(args):
     return shlex.join(words)
 
 
-def draw_loss_curve(args, step):
-    """Writes loss.png, the loss over the steps up to `step`; each point is the mean of a hundredth of them."""
-    file = Path(args.output_dir) / LOSSES_NAME
-    file.touch()
-    rows = [line.split(",") for line in file.read_text().splitlines() if line.count(",") == 1]
-    # of a step that was done twice, before and after a resume, the later line counts
-    losses = [loss for done, loss in sorted({int(done): float(loss) for done, loss in rows}.items()) if done <= step]
-    if not losses:
-        return
-    means = [part.mean() for part in np.array_split(losses, min(100, len(losses)))]
-    width, height, margin, top = 640, 320, 40, max(means) or 1.0
-    across, up = (width - 2 * margin) / max(1, len(means) - 1), (height - 2 * margin) / top
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle([margin, margin, width - margin, height - margin], outline="grey")
-    draw.line([(margin + i * across, height - margin - mean * up) for i, mean in enumerate(means)], fill="blue", width=2)
-    draw.text((margin, margin - 15), f"loss, 0 to {top:.3g}", fill="black")
-    draw.text((margin, height - margin + 5), f"{len(losses)} steps", fill="black")
-    image.save(file.with_name("loss.png"))
-
-
 def repository_name(args):
     """What --hub_model_id names, or the name of OUTPUT_DIR."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1102,7 +1364,6 @@ def save_card(args, samples, step, name, about, loading, tags):
         about: what this is, the beginning of a sentence.
         loading: lines of code that make `pipe`.
     """
-    draw_loss_curve(args, step)
     data = card_data(args, samples, tags)
     prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
@@ -1139,8 +1400,6 @@ the student with decay {args.ema_decay}, saw {shown} {way}.
 ```bash
 {training_command(args)}
 ```
-
-![Loss over steps](loss.png)
 
 ## Limits
 
@@ -1228,18 +1487,17 @@ def resolve_arguments(family, args):
 
 
 def check_inputs(args):
-    """Everything that can be known to be wrong before weights load. Returns family, dataset, checkpoint and pairs.
+    """Everything that can be known to be wrong before weights load.
+
+    Returns:
+        Family, dataset, (row index, caption) pairs, cache of contexts, identity and the state to resume from; see `identity_of` and
+        `find_checkpoint`.
 
     Raises:
         ValueError: with one sentence that names the flag or file.
     """
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink(missing_ok=True)  # of several processes, another may have been faster
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
+    check_output_dir(args)
+    state = find_checkpoint(args)
     if args.use_8bit_adam and not is_bitsandbytes_available():
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     check_quantization(args)
@@ -1255,7 +1513,6 @@ def check_inputs(args):
             logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
-    checkpoint = find_checkpoint(args)
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:
@@ -1269,7 +1526,11 @@ def check_inputs(args):
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
     pairs += [(None, prompt) for prompt in read_prior_prompts(args)]
     check_contexts(family, args, dataset, pairs)
-    return family, dataset, checkpoint, pairs
+    cache = ContextCache(args)
+    identity = identity_of(args, dataset, cache)
+    if state:
+        check_resume(state, identity, args)
+    return family, dataset, pairs, cache, identity, state
 
 
 def make_accelerator(args):
@@ -1524,18 +1785,6 @@ def peak_memory_gib(device):
     return peak / 2**30
 
 
-def resume(accelerator, lr_scheduler, networks, checkpoint):
-    """Registers what checkpoints hold and loads `checkpoint`, if there is one. Returns the step to start from."""
-    accelerator.register_for_checkpointing(lr_scheduler)
-    register_checkpoint_hooks(accelerator, networks)
-    if not checkpoint:
-        return 0
-    accelerator.load_state(str(checkpoint))
-    step = json.loads((checkpoint / STATE_NAME).read_text())["step"]
-    logger.info(f"Resumed from {checkpoint} at step {step}.")
-    return step
-
-
 def check_finite(losses, grad_norm=0.0):
     """Stops a run that has diverged, before a checkpoint is written."""
     if not all(map(math.isfinite, [*losses, grad_norm])):
@@ -1558,9 +1807,6 @@ def log_steps(pending, started, bar, args, accelerator):
         loss = sum(losses) / len(losses)
         states = {f"loss/state_{k + 1}": value for k, value in enumerate(losses)}
         accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
-        if accelerator.is_main_process:
-            with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
-                print(step, loss, sep=",", file=file)
     bar.set_postfix(loss=loss, lr=lr)
 
 
@@ -1576,18 +1822,21 @@ def encoding_savings(args):
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(savings):
-    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less."""
+def explain_failures(savings):
+    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less; a disk that
+    is full or a file that cannot be written or read becomes one that names it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{error}. What was written before is kept; --resume_from_checkpoint latest goes on from it.") from error
 
 
-def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
-          accelerator):  # fmt: skip
-    """The training loop: validation, rollouts (`losses_of`) with their backwards, clipping, update, EMA, log, checkpoint."""
+def train(pipeline, training, dataset, cache, first_step, publish, args):
+    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
+    accelerator, transformer, teacher, optimizer = training.accelerator, training.transformer, training.teacher, training.optimizer
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
@@ -1598,8 +1847,10 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    pending, started = [], time.perf_counter()
+    pending, started, STOP.training = [], time.perf_counter(), True
     for step in bar:
+        # what an update rounds at random is the same in all processes, and in a resumed run
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         losses = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
@@ -1607,32 +1858,38 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
                                accelerator.num_processes, args.seed)  # fmt: skip
             prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
             batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
+            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
-            losses += backward(states, transformer, args, accelerator, synchronize)
+            losses += backward_each_state(states, transformer, args, accelerator, synchronize)
         losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         optimizer.step()
-        lr_scheduler.step()
+        training.lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         teacher.step()
 
         done = step + 1
-        pending.append((done, losses, grad_norm.to(losses), lr_scheduler.get_last_lr()[0]))
-        last = done == args.max_train_steps
-        showing = validating and (done % args.validation_steps == 0 or last)
-        saving = done % args.checkpointing_steps == 0 or last
+        pending.append((done, losses, grad_norm.to(losses), training.lr_scheduler.get_last_lr()[0]))
+        last, stopped = done == args.max_train_steps, STOP.asked(accelerator)
+        showing = validating and (done % args.validation_steps == 0 or last) and not stopped
+        saving = done % args.checkpointing_steps == 0 or last or stopped
         if not (showing or saving or time.perf_counter() - started > LOGGING_SECONDS):
             continue
         log_steps(pending, started, bar, args, accelerator)
         if showing:
             validate(done)
         if saving:
-            save_checkpoint(accelerator, args, done)
-            if args.hub_push_checkpoints and not last:
+            save_checkpoint(training, args, done)
+            if args.hub_push_checkpoints and not last and not stopped:
                 publish(done)
+        if stopped:
+            bar.close()
+            logger.info(f"Stopped at step {done}. Go on with the same command and --resume_from_checkpoint latest.")
+            accelerator.end_training()
+            sys.exit(128 + stopped)
         pending, started = [], time.perf_counter()
+    STOP.training = False
 
 
 def first_batch(pipeline, dataset, cache, args):
@@ -1692,45 +1949,50 @@ def main(args):
     accelerator = make_accelerator(args)
     try:
         with accelerator.main_process_first():
+            lock = open_output_dir(args) if accelerator.is_main_process else None
             check_full_inputs(args, accelerator)
-            family, dataset, checkpoint, pairs = check_inputs(args)
+            family, dataset, pairs, cache, identity, state = check_inputs(args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
-    cache = ContextCache(args)
-    with explain_out_of_memory(encoding_savings(args)):
+    with explain_failures(encoding_savings(args)):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
+    if args.overwrite_output_dir and accelerator.is_main_process:
+        clear_output_dir(args)
     if accelerator.num_processes == 1:  # FSDP shares the weights out
         planned = build_without_weights(family, args)
         estimate = estimate_full_memory(planned, first_batch(planned, dataset, cache, args), args, accelerator)
         report_memory(estimate, full_savings(args), accelerator)
 
-    pipeline = load_for_training(family, args)
-    place_for_training(pipeline, args, accelerator)
-    teacher = FullTeacher(pipeline.transformer, args, accelerator)
-    make_trainable(pipeline, args)
-    optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args)
-    lr_scheduler = make_lr_scheduler(optimizer, args)
-    if args.fused_backward_pass:
-        fuse_updates(pipeline.transformer.parameters(), optimizer)
-    transformer, optimizer = accelerator.prepare(pipeline.transformer, optimizer)
-    pipeline.transformer = accelerator.unwrap_model(transformer)
-    networks = {"transformer": pipeline.transformer.state_dict(), **({"teacher": teacher.shadow} if teacher.shadow else {})}
-    register_full_hooks(accelerator, pipeline.transformer, teacher, networks)
-    first_step = resume(accelerator, lr_scheduler, networks, checkpoint)
-    teacher.refresh()
+    with explain_failures(full_savings(args)):
+        pipeline = load_for_training(family, args)
+        place_for_training(pipeline, args, accelerator)
+        teacher = FullTeacher(pipeline.transformer, args, accelerator)
+        make_trainable(pipeline, args)
+        optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args)
+        lr_scheduler = make_lr_scheduler(optimizer, args)
+        if args.fused_backward_pass:
+            fuse_updates(pipeline.transformer.parameters(), optimizer)
+        transformer, optimizer = accelerator.prepare(pipeline.transformer, optimizer)
+        pipeline.transformer = accelerator.unwrap_model(transformer)
+        networks = {"transformer": pipeline.transformer.state_dict(), **({"teacher": teacher.shadow} if teacher.shadow else {})}
+        prepare = functools.partial(prepare_checkpoint, pipeline.transformer, teacher, networks)
+        training = Training(accelerator, transformer, teacher, optimizer, lr_scheduler, networks, identity, prepare)
+        first_step = resume(training, state)
+        teacher.refresh()
+        report_disk(training, args, first_step)
 
-    if accelerator.is_main_process:
-        accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
-    method = (rollout_in_one_batch, backward_all_states) if args.fused_backward_pass else (rollout, backward_each_state)
-    publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
-    with explain_out_of_memory(full_savings(args)):
-        train(pipeline, transformer, teacher, *method, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
-              accelerator)  # fmt: skip
-    publish(args.max_train_steps)
-    accelerator.end_training()
+        if accelerator.is_main_process:
+            accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
+        publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
+        train(pipeline, training, dataset, cache, first_step, publish, args)
+        publish(args.max_train_steps)
+        accelerator.end_training()
+    if lock:
+        lock.release()
 
 
 if __name__ == "__main__":
+    STOP.listen()
     try:
         main(parse_args())
     except InputError as error:

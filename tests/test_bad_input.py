@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import LORA, ROOT, WEIGHTS, save_base, save_images
+from conftest import ROOT, save_base, save_images
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -158,67 +158,6 @@ def test_unknown_family(refused, base, tmp_path):
     index = json.loads((base / "model_index.json").read_text()) | {"_class_name": "StableDiffusionPipeline"}
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     refused("StableDiffusionPipeline", "ZImagePipeline", pretrained_model_name_or_path=tmp_path / "base")
-
-
-# ------------------------------------------------------------------------------------------------------------ resuming
-@pytest.fixture(scope="module")
-def run(train, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"), max_train_steps=2, checkpointing_steps=1)
-
-
-@pytest.fixture
-def output(run, tmp_path):
-    """Output folder of a finished run, with checkpoints of steps 1 and 2."""
-    return shutil.copytree(run, tmp_path / "out")
-
-
-def content(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_missing_checkpoint(refused, output):
-    """A mistyped path must not start a new training over the old one."""
-    before = content(output)
-    refused("--resume_from_checkpoint", "checkpoint-7", resume_from_checkpoint=output / "checkpoint-7")
-    assert content(output) == before
-
-
-@pytest.mark.parametrize("name", ["trainer_state.json", f"student/{WEIGHTS}", f"teacher/{WEIGHTS}", "optimizer.bin"])
-@pytest.mark.parametrize("damage", ["missing", "half"])
-def test_half_written_checkpoint(refused, output, name, damage):
-    """Of a full disk or a copy that was cut off: named, and with nothing already written lost."""
-    path = output / "checkpoint-2" / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    before = content(output)
-    refused("--resume_from_checkpoint", "checkpoint-2", resume_from_checkpoint="latest", max_train_steps=3)
-    assert content(output) == before
-
-
-OTHER = {
-    "rank": 8, "seed": 3, "rollout_steps": 3, "train_batch_size": 2, "ema_decay": 0.5, "gradient_accumulation_steps": 5,
-    "learning_rate": 0.5, "adam_beta2": 0.5, "loss_weighting": "x0",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("flag", OTHER)
-def test_checkpoint_of_other_settings(refused, output, flag):
-    """A resume under other settings is no resume, and a learning rate would be ignored; both values are named."""
-    value = OTHER[flag]
-    before = content(output)
-    refused(f"--{flag}", value, "checkpoint-2", resume_from_checkpoint="latest", max_train_steps=3, **{flag: value})
-    assert content(output) == before
-
-
-def test_failed_run_leaves_the_earlier_result(refused, output, folder):
-    """The LoRA of yesterday survives the mistake of today."""
-    before = content(output)
-    (folder / "a.png").write_bytes(b"")
-    refused(folder / "a.png", instance_data_dir=folder)
-    refused("--lora_layers", lora_layers="nothing")
-    assert content(output) == before and (output / LORA).is_file()
 
 
 def test_command_line_ends_with_one_line_and_an_exit_code(flags, tmp_path, subprocess_env):

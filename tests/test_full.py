@@ -289,10 +289,10 @@ def test_output_is_a_pipeline_that_loads_in_every_way(trained, base):
 
 def test_output_holds_the_result_alone(trained):
     """The teacher is thrown away; users download what they need."""
-    names = {p.name for p in trained.iterdir()} - {"checkpoint-2", "validation", "samples", "losses.csv", "logs"}
+    names = {p.name for p in trained.iterdir()} - {"checkpoint-2", "validation", "samples", "logs", ".lock", ".lock_owner"}
     assert names == {
         "transformer", "text_encoder", "tokenizer", "vae", "scheduler", "model_index.json", "pipeline.py",
-        "pipeline_dopsd.py", "dopsd_settings.json", "README.md", "loss.png",
+        "pipeline_dopsd.py", "dopsd_settings.json", "README.md",
     }  # fmt: skip
     assert (trained / "checkpoint-2" / "teacher" / WEIGHTS).is_file()
 

@@ -22,7 +22,7 @@ from hub_stand_in import HubStandIn
 STEPS, PROMPT = 4, "a red square"  # the prompt of the first sample
 BASE_CARD = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.com\n---\nThe base.\n"
 LORA_FILES = {LORA, "README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", "dopsd_settings.json"}
-PICTURES = {"loss.png", "samples/0.png", "samples/1.png"}
+PICTURES = {"samples/0.png", "samples/1.png"}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_repository_holds_the_result_alone(hub, pushed):
     assert all((pushed.out / name).read_bytes() == content for name, content in pushed.files.items())
     assert hub.messages("me/my-lora") == [f"LoRA trained with D-OPSD, step {step}" for step in (4, 8)]  # one commit each
     assert hub.repos["me/my-lora"]["private"]
-    assert {"checkpoint-8", "logs", "validation", "losses.csv"} <= {p.name for p in pushed.out.iterdir()}
+    assert {"checkpoint-8", "logs", "validation"} <= {p.name for p in pushed.out.iterdir()}
 
 
 def test_nothing_else_is_contacted(pushed, not_pushed):
@@ -106,9 +106,8 @@ def test_card_is_complete(pushed):
     assert (data.license, data.license_name, data.license_link) == ("other", "tiny-licence", "https://example.com")
     assert {"text-to-image", "lora", "diffusers", "template:sd-lora", "d-opsd"} <= set(data.tags)
     assert [w["output"]["url"] for w in data.widget] == ["samples/0.png", "samples/1.png"] and data.widget[0]["text"] == PROMPT
-    for words in (f"{STEPS} steps, no guidance", "The teacher", "## Limits", "![Loss over steps](loss.png)", "0.05"):
+    for words in (f"{STEPS} steps, no guidance", "The teacher", "## Limits", "0.05"):
         assert words in card.text
-    assert Image.open(pushed.out / "loss.png").size == (640, 320)
     command = shlex.split(re.search(r"```bash\n(.*?)\n```", card.text, re.DOTALL)[1])
     assert command[:3] == ["accelerate", "launch", "train_dopsd_lora.py"] and "--hub_token" not in command
     args = script.parse_args([*command[3:]])
@@ -236,7 +235,7 @@ def test_command_of_the_message_pushes_the_pipeline(pushed_later, not_pushed):
     """Later, the user has that line and the folder, and no script that picks the files."""
     folders = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
     files = [p for name in folders for p in (not_pushed.out / name).iterdir()]
-    expected = {p.relative_to(not_pushed.out).as_posix() for p in files} | (LORA_FILES - {LORA}) | {"loss.png"}
+    expected = {p.relative_to(not_pushed.out).as_posix() for p in files} | (LORA_FILES - {LORA})
     assert set(pushed_later) == expected and f"transformer/{WEIGHTS}" in expected
 
 

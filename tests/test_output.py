@@ -197,19 +197,6 @@ def test_command_of_the_card_gives_the_run_again(module):
     assert vars(module.parse_args(words[3:])) == vars(args)
 
 
-def test_loss_curve_survives_a_resume_and_a_cut_line(tmp_path, flags):
-    """A picture that fails at the end of a training would fail the run."""
-    args = script.parse_args(flags(tmp_path))
-    script.draw_loss_curve(args, 4)  # nothing is known
-    assert not (tmp_path / "loss.png").exists()
-    drawn = []
-    for text in ("1,0.4\n2,0.2\n3,0.1\n", "1,0.4\n2,0.9\n3,0.72,0.2\n2,0.2\n3,0.1\n4,0.7\n"):
-        (tmp_path / "losses.csv").write_text(text)
-        script.draw_loss_curve(args, 3)
-        drawn.append((tmp_path / "loss.png").read_bytes())
-    assert drawn[0] == drawn[1]
-
-
 def test_family_is_known_by_the_base(base):
     """The script chooses the family; the user does not."""
     assert family_of(str(base)) is DOPSDZImagePipeline

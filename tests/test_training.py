@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +24,7 @@ def tensors_of(folder):
             elif torch.is_tensor(value):
                 tensors[f"{prefix}.{key}"] = value
 
-    collect(torch.load(folder / "optimizer.bin", weights_only=True)["state"], "optimizer")
+    collect(torch.load(folder / "optimizer.bin", weights_only=True)["optimizer"]["state"], "optimizer")
     return tensors
 
 
@@ -169,8 +168,6 @@ def test_steps_that_are_logged_together_keep_their_own_values(train_any, tmp_pat
         train_any(tmp_path / str(seconds), max_train_steps=5, checkpointing_steps=3, context_cache_dir=tmp_path / "cache")
     assert logs[:5] == logs[5:] and [step for step, _ in logs] == [1, 2, 3, 4, 5] * 2
     assert reads == [1, 1, 1, 1, 1, 3, 2]
-    written = [(tmp_path / folder / "losses.csv").read_text() for folder in ("-1", "1000")]
-    assert written[0] == written[1]
 
 
 def test_validation_pictures(train_any, tmp_path):
@@ -234,7 +231,7 @@ def test_unused_vae_does_not_change_the_training(train_any, tmp_path):
 def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subprocess_env):
     """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
     changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, **changes)
+    one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, checkpoints_total_limit=3, **changes)
     run_two_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], subprocess_env)
     ours, theirs = load_file(one / train_any.result), load_file(tmp_path / "two" / train_any.result)
     assert ours.keys() == theirs.keys()
@@ -255,19 +252,16 @@ def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monk
     """A run killed while it saves must leave a folder that --resume_from_checkpoint latest does not take."""
     train_any(tmp_path, max_train_steps=2)
 
-    save_state = Accelerator.save_state
-
     def killed(*args, **kwargs):
-        save_state(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Accelerator, "save_state", killed)
+        patch.setattr(train_any.module, "optimizer_state", killed)
         train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == [".checkpoint-3.tmp", "checkpoint-2"]
     (tmp_path / ".checkpoint-3.tmp" / "left_over.safetensors").touch()
     train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
-    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["step"] == 3
+    assert json.loads((tmp_path / "checkpoint-3" / "dopsd_state.json").read_text())["step"] == 3
     assert not list(tmp_path.rglob("left_over*"))
 
 

@@ -1,0 +1,538 @@
+"""What a run may be resumed from, what it may overwrite, and that nothing in a checkpoint is believed unseen."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_dopsd_lora as script
+from conftest import LORA, ROOT, WEIGHTS, save_images
+
+
+STATE = "dopsd_state.json"
+
+
+def content(folder):
+    """Bytes of every file by its place, the lock excepted."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
+
+
+def assert_same(ours, theirs):
+    """The tensors of two files are equal bit for bit; their metadata has no fixed order."""
+    ours, theirs = load_file(ours), load_file(theirs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def refused(train, output, *words, **changes):
+    """Asserts that a command ends with one sentence that holds all `words`, and leaves the folder as it was."""
+    before = content(output)
+    with pytest.raises(ValueError) as caught:
+        train(output, **changes)
+    message = str(caught.value)
+    assert "\n" not in message and not [word for word in words if str(word) not in message], message
+    assert content(output) == before
+    return message
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def runs(request, train, train_full, tmp_path_factory):
+    """A script and the folder of a finished run of its, with checkpoints of steps 1, 2 and 3."""
+    trainer = train if request.param == "lora" else train_full
+    changes = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
+    return trainer, trainer(tmp_path_factory.mktemp(f"run_{request.param}"), **changes)
+
+
+@pytest.fixture
+def trainer(runs):
+    return runs[0]
+
+
+@pytest.fixture
+def output(runs, tmp_path):
+    """A copy of the finished run's folder."""
+    return shutil.copytree(runs[1], tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------------- what a run may become
+def write_captions(folder):
+    (folder / "b.txt").write_text("another caption")
+
+
+def replace_image(folder):
+    Image.new("RGB", (40, 40), "black").save(folder / "b.png")
+
+
+def remove_image(folder):
+    (folder / "b.png").unlink()
+    (folder / "b.txt").unlink()
+
+
+@pytest.mark.parametrize(("change", "name"), [(write_captions, "captions"), (replace_image, "images"), (remove_image, "images")])
+def test_resume_with_other_data_is_refused(trainer, output, tmp_path, change, name):
+    """Half a training on one set of images and half on another is a LoRA that nobody asked for."""
+    folder = save_images(tmp_path / "images")
+    change(folder)
+    refused(trainer, output, "checkpoint-3", name, "--output_dir",
+            resume_from_checkpoint="latest", max_train_steps=4, instance_data_dir=folder)  # fmt: skip
+
+
+def test_resume_with_the_same_data_elsewhere_goes_on(trainer, output, tmp_path):
+    """Folders are moved and models copied: their content counts."""
+    base, vlm = tmp_path / "base", tmp_path / "vlm"
+    flags = trainer.flags(output)
+    for flag, copy in (("--pretrained_model_name_or_path", base), ("--vlm_model_name_or_path", vlm)):
+        shutil.copytree(flags[flags.index(flag) + 1], copy)
+    trainer(output, resume_from_checkpoint="latest", max_train_steps=4, instance_data_dir=save_images(tmp_path / "images"),
+            pretrained_model_name_or_path=base, vlm_model_name_or_path=vlm, checkpointing_steps=2)  # fmt: skip
+    assert (output / "checkpoint-4").is_dir()
+
+
+def test_resume_on_another_base_is_refused(trainer, output, base, tmp_path):
+    """A LoRA begun on one base and ended on another of the same shapes fits neither."""
+    other = shutil.copytree(base, tmp_path / "base")
+    path = other / "transformer" / WEIGHTS
+    weights = load_file(path)
+    weights["layers.0.attention.to_q.weight"] += 0.1
+    save_file(weights, path)
+    refused(trainer, output, "weights of the transformer", resume_from_checkpoint="latest", max_train_steps=4,
+            pretrained_model_name_or_path=other)  # fmt: skip
+
+
+def test_resume_with_another_vlm_or_other_prior_prompts_is_refused(trainer, output, vlm, tmp_path):
+    """The teacher would change midway."""
+    other = shutil.copytree(vlm, tmp_path / "vlm")
+    weights = load_file(other / "model.safetensors")
+    weights[min(name for name in weights if "visual" in name)] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    resume = {"resume_from_checkpoint": "latest", "max_train_steps": 4}
+    refused(trainer, output, "text encoder, VAE or VLM", vlm_model_name_or_path=other, **resume)
+    (tmp_path / "prompts.txt").write_text("a red car")
+    refused(trainer, output, "prior prompts", prior_prompts=tmp_path / "prompts.txt", **resume)
+
+
+OTHER = {
+    "seed": 3, "rollout_steps": 3, "ema_decay": 0.5, "gradient_accumulation_steps": 5, "learning_rate": 0.5, "adam_beta2": 0.5,
+    "loss_weighting": "x0", "resolution": 40, "mixed_precision": "bf16", "teacher_image": "other", "max_grad_norm": 0.5,
+    "lr_scheduler": "cosine", "teacher_max_pixels": 1024, "teacher_prompt_suffix": ", new",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_resume_under_other_settings_is_refused(trainer, output, flag):
+    """A resume under other settings is no resume; both values are named."""
+    value = OTHER[flag]
+    refused(trainer, output, f"--{flag}", value, "checkpoint-3", resume_from_checkpoint="latest", max_train_steps=4, **{flag: value})
+
+
+def test_resume_with_another_batch_is_refused(trainer, output):
+    """The order of the images depends on the images per micro-step, over all processes."""
+    refused(trainer, output, "--train_batch_size", resume_from_checkpoint="latest", max_train_steps=4, train_batch_size=2)
+
+
+def test_list_of_what_may_change_is_the_readmes():
+    """What a user may change on resume is read in the README; it must be what the scripts allow."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    listed = text.split("**What a resume may change**")[1].split("\n\n")[0]
+    assert {name for name in script.MAY_CHANGE if f"`--{name}`" not in listed} == set()
+    assert listed.count("`--") == len(script.MAY_CHANGE)
+
+
+def test_resume_beyond_the_last_step_is_refused(trainer, output):
+    """The card would say fewer steps than the weights have."""
+    refused(trainer, output, "--max_train_steps 2", "at least 3", resume_from_checkpoint="latest", max_train_steps=2)
+
+
+def test_other_scripts_checkpoint_is_refused(train, train_full, runs, tmp_path):
+    """Weights of a LoRA are no weights of a model."""
+    trainer, folder = runs
+    other, name = (train_full, "train_dopsd_lora.py") if trainer is train else (train, "train_dopsd_full.py")
+    (tmp_path / "new").mkdir()
+    refused(other, tmp_path / "new", name, resume_from_checkpoint=folder / "checkpoint-3", max_train_steps=4)
+
+
+# ------------------------------------------------------------------------------------------------------- the output folder
+def test_fresh_start_over_a_run_is_refused(trainer, output):
+    """Its checkpoints would be mixed with the new ones, and its result replaced."""
+    refused(trainer, output, output, "checkpoint-1", "--resume_from_checkpoint latest", "--overwrite_output_dir")
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    refused(trainer, output, "--overwrite_output_dir")
+    refused(trainer, output, "--overwrite_output_dir", resume_from_checkpoint="latest")  # there is none: it would start anew
+
+
+def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output, tmp_path):
+    """--overwrite_output_dir on a folder with somebody's notes in it must not cost the notes."""
+    for name in ("notes.txt", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("kept")
+    trainer(output, "--overwrite_output_dir", max_train_steps=2, learning_rate=2e-2)
+    assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    fresh = trainer(tmp_path / "fresh", max_train_steps=2, learning_rate=2e-2)
+    assert_same(output / trainer.result, fresh / trainer.result)
+    kept = [p for p in output.rglob("*") if p.is_file() and p.read_bytes() == b"kept"]
+    assert len(kept) == 4
+
+
+def test_overwriting_waits_for_all_checks(trainer, output, tmp_path):
+    """A mistyped flag beside --overwrite_output_dir must not cost the old run."""
+    before = content(output)
+    with pytest.raises(ValueError, match="nowhere"):
+        trainer(output, "--overwrite_output_dir", instance_data_dir=tmp_path / "nowhere")
+    assert content(output) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_index.json", LORA])
+def test_files_of_another_project_are_not_overwritten(trainer, tmp_path, name):
+    """--output_dir . in somebody's repository."""
+    (tmp_path / name).write_text("{}")
+    refused(trainer, tmp_path, name, "another folder")
+    with pytest.raises(ValueError, match=name):
+        trainer(tmp_path, "--overwrite_output_dir")
+    assert (tmp_path / name).read_text() == "{}"
+
+
+def test_checkpoints_of_another_program_are_not_touched(trainer, tmp_path):
+    """Other trainers name their folders alike."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.bin").write_text("kept")
+    refused(trainer, tmp_path, "checkpoint-1")
+    with pytest.raises(ValueError, match="checkpoint-1"):
+        trainer(tmp_path, "--overwrite_output_dir")
+    assert (tmp_path / "checkpoint-1" / "model.bin").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["", "inside", ".."])
+def test_output_and_images_lie_apart(trainer, tmp_path, place):
+    """The next run would train on its own pictures."""
+    images = save_images(tmp_path / "set" / "images")
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="--instance_data_dir"):
+        trainer(images / place, instance_data_dir=images)
+    assert content(tmp_path) == before and not (images / "inside").exists()
+
+
+def test_output_is_not_the_base(trainer, base):
+    """The trained weights would replace those that they were trained from."""
+    before = content(base)
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path"):
+        trainer(base)
+    assert content(base) == before
+
+
+def test_second_run_in_a_folder_learns_of_the_first(flags, tmp_path, subprocess_env):
+    """Two runs in one folder would delete each other's checkpoints."""
+    code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline().strip() == "held"
+        (tmp_path / ".lock_owner").write_text(str(holder.pid))
+        try:
+            with pytest.raises(ValueError, match=f"in use by process {holder.pid}"):
+                script.main(script.parse_args(flags(tmp_path)))
+        finally:
+            holder.kill()
+    script.main(script.parse_args(flags(tmp_path, max_train_steps=1)))  # a lock dies with its process
+    assert (tmp_path / LORA).is_file()
+
+
+def test_folders_with_other_names_do_not_matter(trainer, output):
+    """Somebody puts a checkpoint aside under a name of their own."""
+    shutil.copytree(output / "checkpoint-3", output / "checkpoint-old-2")
+    (output / "checkpoint-7").write_text("a file")
+    trainer(output, max_train_steps=4, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    assert (output / "checkpoint-old-2").is_dir() and (output / "checkpoint-4").is_dir()
+
+
+def test_going_back_to_an_earlier_checkpoint_needs_another_folder(trainer, output, tmp_path):
+    """`latest` would later take the checkpoint of the way that was left."""
+    refused(trainer, output, "checkpoint-3", "--output_dir", resume_from_checkpoint=output / "checkpoint-2", max_train_steps=3)
+    whole = trainer(tmp_path / "new", resume_from_checkpoint=output / "checkpoint-2", max_train_steps=3)
+    assert_same(whole / trainer.result, output / trainer.result)
+
+
+def test_full_fine_tuning_keeps_two_checkpoints_by_default(train_full, tmp_path):
+    """Each is several times the model: without a limit the README's command would write terabytes."""
+    folder = train_full(tmp_path, max_train_steps=4, checkpointing_steps=1)
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_disk_that_is_too_small_is_said_at_the_start(trainer, tmp_path, monkeypatch, caplog):
+    """The disk is full after a night, not at once."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert "Checkpoints: 2 of at most" in caplog.text and "GiB left" in caplog.text
+
+
+def test_full_disk_is_one_line_and_costs_nothing(trainer, output, monkeypatch):
+    """The last good checkpoint and the result are what a full disk leaves."""
+    before = content(output)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(output / "checkpoint-4"))
+
+    monkeypatch.setattr(trainer.module.torch, "save", full)
+    with pytest.raises(script.InputError if trainer.module is script else ValueError, match="No space left on device.*checkpoint-4"):
+        trainer(output, max_train_steps=4, resume_from_checkpoint="latest")
+    left = content(output)
+    assert all(left[path] == data for path, data in before.items())
+
+
+# ------------------------------------------------------------------------------------------------------------------ damage
+FILES = {"lora": [STATE, f"student/{WEIGHTS}", f"teacher/{WEIGHTS}", "optimizer.bin", LORA],
+         "full": [STATE, f"transformer/{WEIGHTS}", f"teacher/{WEIGHTS}", "optimizer.bin", "transformer/config.json"]}  # fmt: skip
+
+
+def missing(path):
+    path.unlink()
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [missing, half, one_bit, empty])
+@pytest.mark.parametrize("number", range(5))
+def test_damaged_checkpoint(trainer, output, caplog, number, damage):
+    """Of a disk that fails or a copy that was cut off: refused by name, and `latest` takes the one before and says so."""
+    name = FILES["lora" if trainer.module is script else "full"][number]
+    damage(output / "checkpoint-3" / name)
+    refused(trainer, output, "--resume_from_checkpoint", "checkpoint-3", name.split("/")[-1],
+            resume_from_checkpoint=output / "checkpoint-3", max_train_steps=3)  # fmt: skip
+    expected = shutil.copy(output / trainer.result, output / "expected.safetensors")
+    with caplog.at_level("WARNING"):
+        trainer(output, resume_from_checkpoint="latest", max_train_steps=3)
+    assert "checkpoint-3 is missing or damaged" in caplog.text
+    assert_same(output / trainer.result, expected)  # trained anew from checkpoint-2
+    trainer.module.read_state(output / "checkpoint-3")
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(trainer, output):
+    """A run that begins again over damaged checkpoints would replace the result."""
+    for number in (1, 2, 3):
+        one_bit(output / f"checkpoint-{number}" / "optimizer.bin")
+    refused(trainer, output, "no checkpoint is whole", resume_from_checkpoint="latest", max_train_steps=4)
+
+
+def test_missing_checkpoint(trainer, output):
+    """A mistyped path must not start a new training over the old one."""
+    refused(trainer, output, "--resume_from_checkpoint", "checkpoint-7", resume_from_checkpoint=output / "checkpoint-7")
+
+
+class Planted:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def plant_pickle(path, trap):
+    path.write_bytes(pickle.dumps(Planted(trap)))
+
+
+def plant_torch(path, trap):
+    with open(path, "wb") as file:
+        torch.save({"optimizer": Planted(trap), "state": Planted(trap)}, file)
+
+
+NAMES = ["custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "sampler.bin", "scaler.pt", "model.bin", "pytorch_model.bin",
+         "optimizer_0/.metadata", "adapter_model.bin", "student/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.bin"]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", [plant_pickle, plant_torch])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, "others"])
+def test_checkpoint_cannot_run_code(trainer, output, tmp_path, number, plant):
+    """A checkpoint from a forum or a shared disk, with right checksums: its files may be refused, but never run."""
+    folder, trap = output / "checkpoint-3", tmp_path / "trap"
+    own = FILES["lora" if trainer.module is script else "full"]
+    names = NAMES if number == "others" else [own[number]]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        plant(folder / name, trap)
+    if number:  # an attacker puts the checksums right
+        state = json.loads((folder / STATE).read_text())
+        del state["checksum"]
+        state["files"] |= {name: script.checksum(folder / name) for name in names}
+        (folder / STATE).write_text(json.dumps({**state, "checksum": script.digest_of(state)}))
+    try:
+        trainer(output, resume_from_checkpoint=folder, max_train_steps=4)
+        assert number in (4, "others")  # what no resume reads
+    except ValueError as error:
+        assert "--resume_from_checkpoint" in str(error) and "\n" not in str(error)
+    assert not trap.exists()
+    plant(tmp_path / "proof", trap)
+    with open(tmp_path / "proof", "rb") as file:
+        pickle.load(file) if plant is plant_pickle else torch.load(file, weights_only=False)
+    assert trap.exists()  # the trap works where it is not guarded against
+
+
+# ------------------------------------------------------------------------------------------------------ LoRA of a checkpoint
+@pytest.mark.parametrize(("switches", "changes"), [([], {}), ([], {"lora_alpha": 16}), (["--use_rslora"], {"lora_alpha": 16})])
+def test_every_checkpoint_holds_the_lora_as_users_load_it(train, base, tmp_path, switches, changes):
+    """An earlier step is often the better one; it must load at full strength, in plain diffusers."""
+    whole = train(tmp_path / "whole", *switches, max_train_steps=2, checkpointing_steps=1, **changes)
+    short = train(tmp_path / "short", *switches, max_train_steps=1, **changes)
+    assert_same(whole / "checkpoint-1" / LORA, short / LORA)
+    assert_same(whole / "checkpoint-2" / LORA, whole / LORA)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_lora_weights(whole / "checkpoint-1")
+    loaded = {n for n, _ in pipe.transformer.named_parameters() if ".lora_" in n}
+    assert len(loaded) == 2 * 28
+    for name, weights in load_file(whole / "checkpoint-1" / LORA).items():
+        layer, side, _ = name.removeprefix("transformer.").rsplit(".", 2)
+        module = pipe.transformer.get_submodule(layer)
+        assert list(module.scaling.values()) == [1.0]
+        assert torch.equal(next(iter(getattr(module, side).values())).weight, weights)
+
+
+# ------------------------------------------------------------------------------------------------------------------ signals
+@pytest.fixture
+def start(subprocess_env):
+    """Starts a command in a process group of its own."""
+    started = []
+
+    def run(*command, **options):
+        process = subprocess.Popen(command, env=subprocess_env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+LAUNCHERS = {"script": [], "launcher": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_signal_ends_a_run_with_a_checkpoint(train_any, start, tmp_path, name, launcher):
+    """A shut-down, Ctrl-C or a closed terminal costs the step at hand at most, and no orphan goes on."""
+    import signal
+
+    number = getattr(signal, name)
+    flags = train_any.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
+    process = start(sys.executable, *LAUNCHERS[launcher], train_any.module.__file__, *flags)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    if launcher == "script":
+        assert process.returncode == 128 + number, errors[-2000:]
+        assert "Traceback" not in errors
+    wait_for(lambda: no_process_in(tmp_path / "out"))
+    newest = script.list_checkpoints(tmp_path / "out")[-1]
+    state = script.read_state(newest)
+    assert state["step"] >= 3 and f"Stopped at step {state['step']}" in errors and "--resume_from_checkpoint latest" in errors
+    done = state["step"] + 1
+    resumed = train_any(tmp_path / "out", max_train_steps=done, resume_from_checkpoint="latest", checkpoints_total_limit=2)
+    assert script.read_state(resumed / f"checkpoint-{done}")["step"] == done
+    if launcher == "script" and name == "SIGTERM":
+        whole = train_any(tmp_path / "whole", max_train_steps=done)
+        assert_same(whole / train_any.result, resumed / train_any.result)
+
+
+def no_process_in(folder):
+    """Whether the lock of a run is free."""
+    lock = script.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except script.Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def test_second_signal_ends_at_once(train, start, tmp_path):
+    """Whoever presses Ctrl-C twice does not want to wait."""
+    import signal
+
+    flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
+    code = "import runpy, sys, time, pipeline_dopsd as p; sys.argv = sys.argv[1:]; v = p.DOPSDZImagePipeline.velocity\n"
+    code += "p.DOPSDZImagePipeline.velocity = lambda self, t, x, *a: (x.device.type == 'meta' or time.sleep(2), v(self, t, x, *a))[1]\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start(sys.executable, "-c", code, train.module.__file__, *flags, cwd=ROOT)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-1").exists())
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(timeout=3) == 128 + signal.SIGINT
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_processes_agree_on_the_step_of_a_signal(train, start, tmp_path):
+    """A process that stops one step earlier than the others leaves them waiting for it for hours."""
+    import signal
+
+    import psutil
+
+    flags = train.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20_000 + os.getpid() % 20_000)]
+    process = start(sys.executable, *launcher, train.module.__file__, *flags)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
+    workers = psutil.Process(process.pid).children()
+    workers[1].send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    newest = script.list_checkpoints(tmp_path / "out")[-1]
+    assert f"Stopped at step {script.read_state(newest)['step']}" in errors
+
+
+# -------------------------------------------------------------------------------------------------------------------- kills
+def kill_and_resume(trainer, folder, start, rng, kills, steps):
+    """Kills runs of `trainer` in `folder` at random moments, `kills` times, then lets the last one end."""
+    import signal
+
+    flags = trainer.flags(folder / "out", max_train_steps=steps, checkpointing_steps=2, resume_from_checkpoint="latest",
+                          checkpoints_total_limit=2, context_cache_dir=folder / "contexts")  # fmt: skip
+    for _ in range(kills):
+        process = start(sys.executable, trainer.module.__file__, *flags)
+        try:
+            process.wait(timeout=rng.uniform(4, 14))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    process = start(sys.executable, trainer.module.__file__, *flags)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors[-2000:]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(15, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_if_they_had_not_been(train_any, start, tmp_path, kills):
+    """A power cut at any moment costs the steps since the last checkpoint, and nothing else."""
+    import random
+
+    kills, steps = (kills, 60) if train_any.result == LORA or kills == 2 else (10, 60)
+    kill_and_resume(train_any, tmp_path, start, random.Random(0), kills, steps)
+    whole = train_any(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=100)
+    for place in (".", f"checkpoint-{steps}"):
+        assert_same(tmp_path / "out" / place / train_any.result, whole / place / train_any.result)
