@@ -417,8 +417,9 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         self.register_to_config(num_inference_steps=num_inference_steps, **encoding)
 
     @torch.no_grad()
-    def __call__(self, image=None, prompt=None, *, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
-        """As [`Flux2KleinPipeline.__call__`], with the checkpoint's number of steps and without guidance by default."""
+    def __call__(self, prompt=None, *, image=None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
+        """As [`Flux2KleinPipeline.__call__`], with the prompt first as in other families, the checkpoint's number of steps and no
+        guidance by default."""
         kwargs = {**self.encoding, **kwargs}
         steps = num_inference_steps or self.config.num_inference_steps
         return super().__call__(image, prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)

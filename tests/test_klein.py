@@ -330,10 +330,21 @@ def test_lora_loads_in_all_ways(trained, klein):
     c = DiffusionPipeline.from_pretrained(klein)
     c.load_lora_weights(trained)
     assert type(c) is Flux2KleinPipeline
-    for pipe, settings in ((a, {}), (b, {}), (c, {"num_inference_steps": 4, "guidance_scale": 1.0})):
-        noise = b.initial_noise(64, 64, torch.Generator().manual_seed(0))
-        image = pipe(prompt="a blue disc", height=64, width=64, latents=noise, **settings).images[0]
-        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+    few, size = {"num_inference_steps": 4, "guidance_scale": 1.0}, {"height": 64, "width": 64}
+    noise = b.initial_noise(64, 64, torch.Generator().manual_seed(0))
+    pictures = [pipe("a blue disc", latents=noise, **size).images[0] for pipe in (a, b, type(a).from_pipe(c))]
+    pictures += [pipe(prompt="a blue disc", latents=noise, **size, **few).images[0] for pipe in (c, Flux2KleinPipeline.from_pipe(b))]
+    assert all(np.abs(np.asarray(picture).astype(int) - expected).max() <= 1 for picture in pictures)
+
+
+def test_prompt_comes_first_and_pictures_by_name(pipeline, stock):
+    """The stock call begins with the picture: `pipe("a photo ..")`, as all other models are called, would raise."""
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    for given in ({}, {"image": RED}):
+        seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+        ours = pipeline(PROMPTS[0], **given, **size, generator=seeds[0]).images
+        theirs = stock(prompt=PROMPTS[0], **given, **size, guidance_scale=1.0, generator=seeds[1]).images
+        assert (ours == theirs).all()
 
 
 @pytest.fixture
