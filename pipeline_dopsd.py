@@ -230,6 +230,21 @@ class DOPSDMixin:
                 raise ValueError(f"This LoRA was trained on another base: its layer {layer}, {weight.shape[1]} wide, does not fit.")
         super().load_lora_into_transformer(state_dict, transformer=transformer, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves the stock pipeline, which plain diffusers loads; the number of steps stays in its model_index.json.
+
+        Raises:
+            ValueError: a LoRA lies beside the weights, which could then not be loaded.
+        """
+        if self.transformer is not None and any(".lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise ValueError("Call fuse_lora() and unload_lora_weights() before save_pretrained(); save_lora_weights() saves the LoRA alone.")
+        stock = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
+        own = {n: v for n, v in self.config.items() if n not in self.components and not n.startswith(("_", "base_"))}
+        # not from_pipe, which would cast the weights to fp32
+        pipeline = stock(**self.components, **{n: v for n, v in own.items() if n in inspect.signature(stock).parameters})
+        pipeline.register_to_config(**own)
+        pipeline.save_pretrained(save_directory, **kwargs)
+
     def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""
         self.multimodal_encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
@@ -549,7 +564,7 @@ class _FromRepository:
     def register_to_config(self, **kwargs):
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and self.config.get("base_model"):
-            self.load_lora_weights(kwargs["_name_or_path"], weight_name=LORA_WEIGHT_NAME)
+            self.load_lora_weights(kwargs["_name_or_path"], weight_name=LORA_WEIGHT_NAME, adapter_name="dopsd")
 
 
 class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):

@@ -347,6 +347,19 @@ def test_prompt_comes_first_and_pictures_by_name(pipeline, stock):
         assert (ours == theirs).all()
 
 
+def test_fused_pipeline_is_saved_as_a_plain_one(trained, tmp_path):
+    """As of Z-Image; a klein that forgot that it is distilled would be run with guidance."""
+    pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    saved = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(saved) is Flux2KleinPipeline and saved.config.is_distilled
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    pictures = [p(prompt=PROMPTS[0], **size, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images for p in (pipe, saved)]
+    assert (pictures[0] == pictures[1]).all()
+
+
 @pytest.fixture
 def with_references(tmp_path):
     """Four images, each with a reference of one of two sizes."""
