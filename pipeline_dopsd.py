@@ -301,6 +301,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     ]  # fmt: skip
     default_num_inference_steps = 8
+    distilled_bases = "Tongyi-MAI/Z-Image-Turbo"
     transformer_class = ZImageTransformer2DModel
     vae_class = AutoencoderKL
 
@@ -410,6 +411,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     # 256 of the 512 tokens of a context: see `encode_teacher`
     default_teacher_max_pixels = 512 * 512
     default_num_inference_steps = 4
+    distilled_bases = "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-9B"
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default
@@ -621,11 +623,17 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
     """The pipeline class for a base model, by the class name in its model_index.json; reads no weights.
 
     Raises:
-        ValueError: the base is of no known family.
+        ValueError: the base is of no known family, or its model_index.json says that it is not step-distilled.
     """
-    name = DiffusionPipeline.load_config(model_name_or_path, revision=revision).get("_class_name")
+    config = DiffusionPipeline.load_config(model_name_or_path, revision=revision)
+    name = config.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{model_name_or_path} is a {name}; known families are: {', '.join(FAMILIES)}.")
+    if config.get("is_distilled") is False:
+        raise ValueError(
+            f"{model_name_or_path} is not step-distilled (is_distilled in its model_index.json), so it has no few steps to keep. "
+            f"Give the distilled model: {FAMILIES[name].distilled_bases}."
+        )
     return FAMILIES[name]
 
 

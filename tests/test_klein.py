@@ -128,6 +128,17 @@ def test_family_is_known_by_the_base(klein, tmp_path):
         family_of(str(tmp_path))
 
 
+def test_undistilled_base_is_refused_before_weights_load(train_klein, klein, tmp_path, monkeypatch):
+    """It would learn from four-step pictures that are blurred to begin with, and its card would promise four steps."""
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    shutil.copytree(klein, tmp_path / "undistilled")
+    index = json.loads((klein / "model_index.json").read_text()) | {"is_distilled": False}
+    (tmp_path / "undistilled" / "model_index.json").write_text(json.dumps(index))
+    for run in (train_klein, Trainer(full_script, functools.partial(train_klein.flags, rank=None), None, None)):
+        with pytest.raises(ValueError, match="undistilled is not step-distilled.*Give .*FLUX.2-klein-4B"):
+            run(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "undistilled")
+
+
 def test_student_contexts_are_the_stock_pipelines(pipeline, stock):
     """512 tokens with the padding kept, thinking off: a LoRA trained on other features would not work in use."""
     expected, _ = stock.encode_prompt(PROMPTS)
