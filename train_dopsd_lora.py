@@ -150,6 +150,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+class RefuseToken(argparse.Action):
+    """A command line is seen by others on the machine, and `accelerate launch` prints it when a run fails."""
+
+    def __call__(self, parser, *_):
+        parser.error("--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out")
+
+
 def add_model_arguments(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
@@ -239,7 +246,7 @@ def add_output_arguments(parser):
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
-    add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
+    add("--hub_token", action=RefuseToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
         "are tried six times.")  # fmt: skip
 
@@ -275,9 +282,6 @@ def check_arguments(parser, args):
         parser.error("--hub_push_checkpoints needs --push_to_hub")
     if args.hub_timeout <= 0:
         parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
-    args.hub_token = (args.hub_token or "").strip() or None
-    if args.hub_token:
-        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -903,8 +907,8 @@ def save_checkpoint(accelerator, args, step):
 
 
 def settings_of(args):
-    """The run's flags, without the token."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+    """The run's flags."""
+    return dict(vars(args))
 
 
 def public_settings(args):
@@ -973,7 +977,7 @@ def card_data(args, samples, tags):
         card = Path(base) / "README.md"
         if not local:
             offline = not args.push_to_hub
-            card = hf_hub_download(base, card.name, revision=args.revision, token=args.hub_token, local_files_only=offline)
+            card = hf_hub_download(base, card.name, revision=args.revision, local_files_only=offline)
         data = ModelCard.load(card).data
         licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
     widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
@@ -989,7 +993,7 @@ def card_data(args, samples, tags):
 
 
 def training_command(args):
-    """The command that trained this, without the token and without flags that have their default."""
+    """The command that trained this, without flags that have their default."""
     defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
@@ -1102,14 +1106,14 @@ def push(args, step, save_card, files, message):
     limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
     set_client_factory(lambda: type(client)(**limits))
     try:
-        repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
+        repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not model_info(repo).private:
             raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
         # upload_folder may make several commits
         paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
-        create_commit(repo, additions, commit_message=message, token=args.hub_token)
+        create_commit(repo, additions, commit_message=message)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         private = ["--private"] if args.hub_private_repo else []

@@ -31,9 +31,11 @@ def trained(train, tmp_path_factory):
     changes = {
         "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "num_inference_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
         "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard",
-        "hub_token": SECRET, "checkpointing_steps": 6,
+        "checkpointing_steps": 6,
     }  # fmt: skip
-    return train(tmp_path_factory.mktemp("trained"), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        return train(tmp_path_factory.mktemp("trained"), **changes)
 
 
 @pytest.fixture(scope="module")
