@@ -76,7 +76,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
@@ -132,6 +132,9 @@ FIXED_ON_RESUME = {
 }  # fmt: skip
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
+# those of diffusers with a backward, and without code from the Hub
+ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
+                      "xformers"]  # fmt: skip
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -220,8 +223,7 @@ def add_training_arguments(parser):
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
-    add("--attention_backend", metavar="NAME", choices=[b.value for b in AttentionBackendName if "sage" not in b.value],
-        help="Attention of diffusers, for example flash; those without a backward are left out. Default: PyTorch's.")
+    add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
