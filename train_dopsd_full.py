@@ -43,6 +43,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -126,7 +127,7 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
     "seed", "rollout_steps", "ema_decay", "loss_weighting", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "optimizer", "stochastic_rounding",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "optimizer", "stochastic_rounding",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
     "encoder_quantization",
 }  # fmt: skip
@@ -215,7 +216,9 @@ def add_training_arguments(parser):
     add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="adamw8bit: states of 8 bits. "
+        "adafactor: factored states, no momentum. prodigy: finds the learning rate itself; give --learning_rate 1.")
+    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
     add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
     add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
@@ -256,7 +259,6 @@ def add_full_arguments(parser):
     add("--ema_device", choices=["accelerator", "cpu"], default="accelerator", help="Where the teacher's fp32 average is "
         "held. cpu: a copy in the dtype of --mixed_precision computes on the accelerator.")
     add("--ema_refresh_steps", type=int, default=10, help="With --ema_device cpu: steps between updates of average and copy.")
-    add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="adafactor: without momentum, factored states.")
     add("--stochastic_rounding", action="store_true", help="Hold the weights in bf16 alone; AdamW of torchao with 8-bit "
         "states rounds each update at random, so that small ones are not lost.")
     add("--fused_backward_pass", action="store_true", help="Update each weight during the backward and free its gradient: no "
@@ -265,10 +267,10 @@ def add_full_arguments(parser):
 
 def check_full_arguments(parser, args):
     """One error for flags that do not go together."""
-    if args.optimizer != "adamw" and (args.use_8bit_adam or args.stochastic_rounding):
-        parser.error(f"--use_8bit_adam and --stochastic_rounding are AdamW, not --optimizer {args.optimizer}: leave one out")
-    if args.use_8bit_adam and args.stochastic_rounding:
-        parser.error("--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam")
+    if args.stochastic_rounding and args.optimizer != "adamw":
+        parser.error(f"--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam or --optimizer {args.optimizer}")
+    if args.fused_backward_pass and args.optimizer == "prodigy":
+        parser.error("--fused_backward_pass updates one weight at a time, and --optimizer prodigy needs all: leave one out")
     if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
         parser.error("--fused_backward_pass holds no gradient to add to: give --gradient_accumulation_steps 1")
     if args.fused_backward_pass and args.max_grad_norm > 0:
@@ -291,6 +293,12 @@ def check_arguments(parser, args):
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.hub_push_checkpoints and not args.push_to_hub:
         parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}: leave one out")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    del args.use_8bit_adam
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        parser.error(f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}")
     if args.hub_timeout <= 0:
         parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
@@ -611,8 +619,11 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
-def check_quantization(args):
-    """Raises ValueError where a quantisation cannot work on this machine."""
+def check_packages(args, sharded=False):
+    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, or a quantisation cannot work on this machine."""
+    package = {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt"}.get(args.optimizer)
+    if package and not importlib.util.find_spec(package):
+        raise ValueError(f"--optimizer {args.optimizer} needs {package}: pip install {package}.")
     for flag in ("quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
         if kind and args.mixed_precision != "bf16":
@@ -1246,9 +1257,6 @@ def check_inputs(args):
         (output_dir / ".writable").unlink(missing_ok=True)  # of several processes, another may have been faster
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    check_quantization(args)
     if args.attention_backend:
         try:
             with attention_backend(args.attention_backend):
@@ -1377,31 +1385,30 @@ def make_trainable(pipeline, args):
     logger.info(f"Full fine-tuning: {count:,} parameters in {pipeline.transformer.dtype}.")
 
 
-def make_adamw(parameters, args, optimizer_class=functools.partial(torch.optim.AdamW, fused=True)):
-    """AdamW, with 8-bit states on request."""
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-
-
-def make_full_optimizer(parameters, args):
-    """AdamW, Adafactor, or torchao's 8-bit AdamW that rounds bf16 weights stochastically."""
+def make_optimizer(parameters, args, optimizer_class=None):
+    """What --optimizer asks for, or an AdamW of `optimizer_class`."""
+    options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adafactor":
-        fixed_rate = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-        return Adafactor(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, **fixed_rate)
-    if not args.stochastic_rounding:
-        return make_adamw(parameters, args)
+        return Adafactor(parameters, **options, scale_parameter=False, relative_step=False)
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+    if args.optimizer == "adamw8bit" and not optimizer_class:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return (optimizer_class or functools.partial(torch.optim.AdamW, fused=True))(parameters, **options)
+
+
+def make_full_optimizer(parameters, args, sharded=False):
+    """`make_optimizer`'s, or torchao's AdamW with 8-bit states: it rounds bf16 weights stochastically, and FSDP can shard its states."""
+    if not args.stochastic_rounding and not (sharded and args.optimizer == "adamw8bit"):
+        return make_optimizer(parameters, args)
     from torchao.optim import AdamW8bit
 
-    return make_adamw(parameters, args, functools.partial(AdamW8bit, bf16_stochastic_round=True))
+    return make_optimizer(parameters, args, functools.partial(AdamW8bit, bf16_stochastic_round=args.stochastic_rounding))
 
 
 def fuse_updates(parameters, optimizer):
@@ -1469,10 +1476,12 @@ def optimizer_bytes(parameter, args):
     shape, count = parameter.shape, parameter.numel()
     if args.optimizer == "adafactor":
         return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
+    if args.optimizer == "prodigy":
+        return 4 * 4 * count
     blocks = 2 * (count + 4 * math.ceil(count / 256))  # 8 bits each, and a scale in fp32 for every 256
     if args.stochastic_rounding:  # torchao keeps what does not fill whole blocks in the dtype of the weights
         return blocks if count >= 4096 and count % 256 == 0 else 2 * 2 * count
-    if args.use_8bit_adam:
+    if args.optimizer == "adamw8bit":
         return blocks if count >= 4096 else 2 * 4 * count
     return 2 * 4 * count
 
@@ -1678,6 +1687,7 @@ def check_full_inputs(args, accelerator):
     Raises:
         ValueError: with one sentence that names the flag.
     """
+    check_packages(args, accelerator.is_fsdp2)
     if args.stochastic_rounding and not is_torchao_available():
         raise ValueError("--stochastic_rounding needs torchao: pip install torchao.")
     if args.stochastic_rounding and args.mixed_precision != "bf16":
@@ -1686,6 +1696,8 @@ def check_full_inputs(args, accelerator):
         raise ValueError("--fused_backward_pass cannot unscale the gradients of fp16: give --mixed_precision bf16.")
     if args.fused_backward_pass and accelerator.num_processes > 1:
         raise ValueError("--fused_backward_pass runs in one process; leave it out, or launch with --num_processes 1.")
+    if args.optimizer in ("adafactor", "prodigy") and accelerator.is_fsdp2:
+        raise ValueError(f"--optimizer {args.optimizer} cannot be sharded by FSDP; use --optimizer adamw8bit, or adamw.")
     if args.stochastic_rounding and accelerator.is_fsdp2:
         raise ValueError("--stochastic_rounding does not go with FSDP, which holds the weights in fp32; leave it out.")
     if args.ema_device == "cpu" and accelerator.is_fsdp2:
@@ -1714,7 +1726,7 @@ def main(args):
     place_for_training(pipeline, args, accelerator)
     teacher = FullTeacher(pipeline.transformer, args, accelerator)
     make_trainable(pipeline, args)
-    optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args)
+    optimizer = make_full_optimizer(list(pipeline.transformer.parameters()), args, accelerator.is_fsdp2)
     lr_scheduler = make_lr_scheduler(optimizer, args)
     if args.fused_backward_pass:
         fuse_updates(pipeline.transformer.parameters(), optimizer)

@@ -42,6 +42,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -108,6 +109,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
 
 import pipeline_dopsd
 from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of, repository_config
@@ -126,7 +128,7 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
     "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "loss_weighting", "train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_8bit_adam",
+    "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "optimizer",
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
     "encoder_quantization", "quantization",
 }  # fmt: skip
@@ -217,7 +219,9 @@ def add_training_arguments(parser):
     add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="adamw8bit: states of 8 bits. "
+        "adafactor: factored states, no momentum. prodigy: finds the learning rate itself; give --learning_rate 1.")
+    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
     add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
     add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
@@ -282,6 +286,12 @@ def check_arguments(parser, args):
         parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.hub_push_checkpoints and not args.push_to_hub:
         parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}: leave one out")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    del args.use_8bit_adam
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        parser.error(f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}")
     if args.hub_timeout <= 0:
         parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
@@ -608,8 +618,11 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
-def check_quantization(args):
-    """Raises ValueError where a quantisation cannot work on this machine."""
+def check_packages(args, sharded=False):
+    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, or a quantisation cannot work on this machine."""
+    package = {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt"}.get(args.optimizer)
+    if package and not importlib.util.find_spec(package):
+        raise ValueError(f"--optimizer {args.optimizer} needs {package}: pip install {package}.")
     for flag in ("quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
         if kind and args.mixed_precision != "bf16":
@@ -1179,9 +1192,6 @@ def check_inputs(args):
         (output_dir / ".writable").unlink(missing_ok=True)  # of several processes, another may have been faster
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} is not writable ({error.strerror}).") from error
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    check_quantization(args)
     if args.attention_backend:
         try:
             with attention_backend(args.attention_backend):
@@ -1352,19 +1362,21 @@ def add_lora(pipeline, targets, args):
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
-def make_adamw(parameters, args, optimizer_class=functools.partial(torch.optim.AdamW, fused=True)):
-    """AdamW, with 8-bit states on request."""
-    if args.use_8bit_adam:
-        import bitsandbytes
+def make_optimizer(parameters, args, optimizer_class=None):
+    """What --optimizer asks for, or an AdamW of `optimizer_class`."""
+    options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "adafactor":
+        return Adafactor(parameters, **options, scale_parameter=False, relative_step=False)
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+        return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+    if args.optimizer == "adamw8bit" and not optimizer_class:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return (optimizer_class or functools.partial(torch.optim.AdamW, fused=True))(parameters, **options)
 
 
 def make_lr_scheduler(optimizer, args):
@@ -1448,7 +1460,7 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
         unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return {
         "weights": int(weights),
-        "lora": count * (3 * 4 + (2 if args.use_8bit_adam else 8)),
+        "lora": count * (3 * 4 + {"adamw8bit": 2, "adafactor": 0, "prodigy": 16}.get(args.optimizer, 8)),
         "activations": memory.peak - memory.held - half * count + 2 * unpacked,
     }
 
@@ -1471,7 +1483,7 @@ def report_memory(estimate, savings, accelerator):
 def lora_savings(args):
     """Flags that need less memory than `args`, those first that cost the least time and quality."""
     every = {
-        "--use_8bit_adam": args.use_8bit_adam,
+        "--use_8bit_adam": args.optimizer != "adamw",
         "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
@@ -1607,6 +1619,7 @@ def main(args):
     try:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
+        check_packages(args)
         with accelerator.main_process_first():
             family, dataset, checkpoint, pairs = check_inputs(args)
             planned = build_without_weights(family, args)
@@ -1626,7 +1639,7 @@ def main(args):
     count = sum(p.numel() for p in parameters)
     logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
     teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
-    optimizer = make_adamw(parameters, args)
+    optimizer = make_optimizer(parameters, args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
     # frozen weights are the same in all processes, and quantised ones cannot be sent
     frozen = [name for name, parameter in pipeline.transformer.named_parameters() if not parameter.requires_grad]
