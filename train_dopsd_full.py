@@ -1054,6 +1054,7 @@ def card_data(args, samples, tags):
     """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
     base, licence = args.pretrained_model_name_or_path, {}
     local, prompt = Path(base).is_dir(), args.instance_prompt
+    task = "image-to-image" if args.reference_column else "text-to-image"
     with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
         card = Path(base) / "README.md"
         if not local:
@@ -1065,8 +1066,8 @@ def card_data(args, samples, tags):
     return ModelCardData(
         base_model=None if local else base,  # the Hub refuses what is no repository
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "d-opsd", *tags],
+        pipeline_tag=task,
+        tags=[task, "diffusers", "d-opsd", *tags],
         instance_prompt=prompt,
         widget=widget or None,
         **licence,
@@ -1124,6 +1125,10 @@ def save_card(args, samples, step, name, about, loading, tags):
     prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
+    given, load, image = "text alone", "", ""
+    if args.reference_column:  # references are training images, which are not published
+        given, load = "text and reference images", "\nfrom diffusers.utils import load_image"
+        image = 'image=load_image("reference.png"), '  # of the user
     way = "as a reference image"
     if args.teacher_context == "vlm":
         way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
@@ -1140,11 +1145,11 @@ def save_card(args, samples, step, name, about, loading, tags):
 
 ```py
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{load}
 
 {loading}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
              guidance_scale=0.0).images[0]
 ```
 
@@ -1161,7 +1166,7 @@ the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ## Limits
 
-It draws what its teacher could draw when it saw the training images, at the steps above, from text alone and without guidance.
+It draws what its teacher could draw when it saw the training images, at the steps above, from {given} and without guidance.
 How well it still draws what the base can draw was not measured by the training script.
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")

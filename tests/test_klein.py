@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -410,7 +413,8 @@ def test_every_teacher_trains(train_klein, tmp_path, monkeypatch, teacher_contex
 
 
 def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, with_references, tmp_path, monkeypatch):
-    """A student without its references, or batches of several layouts, would train another task or fail."""
+    """A student without its references, or batches of several layouts, would train another task or fail; and so would a user whom
+    the card tells to give no picture."""
     seen, velocity = [], DOPSDFlux2KleinPipeline.velocity
 
     def recorded(self, transformer, latents, timestep, contexts):
@@ -427,6 +431,18 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, 
         assert teacher[0] == teacher[1] and student[0] == student[1]
         assert teacher[0] == {**student[0], "reference_1": (8, 8)}
     assert {c[0]["reference_0"] for c in seen} == {(8, 8), (8, 12)}
+
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-to-image" and "image-to-image" in card.data.tags and "text-to-image" not in card.data.tags
+    assert "from text alone" not in card.text
+    (code,) = re.findall(r"```py\n(.*?)```", card.text, re.DOTALL)
+    WIDE.save(tmp_path / "reference.png")
+    monkeypatch.chdir(tmp_path)
+    seen.clear()
+    given = []
+    monkeypatch.setattr(Flux2KleinPipeline, "__call__", lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[1]))
+    exec(code, {})
+    assert given[0].size == WIDE.size
 
 
 def test_batches_share_the_size_of_what_the_teacher_sees(train_klein, tmp_path):
