@@ -985,7 +985,7 @@ def public_settings(args):
     """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
 
     def shown(value):
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
     return {name: shown(value) for name, value in settings_of(args).items()}
 
@@ -1023,6 +1023,11 @@ def save_pipeline(transformer, family, args):
     if args.num_inference_steps != family.default_num_inference_steps:
         index["num_inference_steps"] = args.num_inference_steps
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:  # diffusers writes where a model was loaded from
+        config = json.loads(path.read_text())
+        if os.path.isabs(config.get("_name_or_path") or ""):
+            config["_name_or_path"] = Path(config["_name_or_path"]).name
+            path.write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {family.__name__} as Pipeline  # noqa: F401\n")
@@ -1270,8 +1275,6 @@ def check_inputs(args):
             raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
-        if Path(args.pretrained_model_name_or_path).is_dir():
-            logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)

@@ -930,7 +930,7 @@ def public_settings(args):
     """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
 
     def shown(value):
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
     return {name: shown(value) for name, value in settings_of(args).items()}
 
@@ -1205,8 +1205,6 @@ def check_inputs(args):
             raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
-        if Path(args.pretrained_model_name_or_path).is_dir():
-            logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)
@@ -1624,6 +1622,9 @@ def main(args):
     try:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
+        if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
+            raise ValueError("--push_to_hub: others do not have the folder that is the base; give --pretrained_model_name_or_path its id on "
+                             "the Hub.")  # fmt: skip
         check_packages(args)
         with accelerator.main_process_first():
             family, dataset, checkpoint, pairs = check_inputs(args)

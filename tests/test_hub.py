@@ -81,14 +81,22 @@ def test_nothing_else_is_contacted(pushed, not_pushed):
     assert (pushed.folder / "network.log").read_text() == (not_pushed.folder / "network.log").read_text() == ""
 
 
-def test_token_and_paths_are_published_nowhere(pushed, not_pushed):
-    """The token gives the user's account away, and a path the user's name."""
+def test_token_and_paths_are_published_nowhere(pushed, not_pushed, pushed_later, base):
+    """The token gives the user's account away, and a path the user's name: also that of a base that is a folder."""
     files = [p for run in (pushed, not_pushed) for p in run.folder.rglob("*") if p.is_file()]
     assert any("events.out" in p.name for p in files)
     assert not [p for p in files if SECRET.encode() in p.read_bytes()]
     assert SECRET not in pushed.log + not_pushed.result.stdout + not_pushed.result.stderr
-    published = [*pushed.files.values(), (not_pushed.out / "README.md").read_bytes()]
-    assert not [c for c in published if str(pushed.folder.parent).encode() in c or str(ROOT).encode() in c]
+    assert json.loads(pushed_later["transformer/config.json"])["_name_or_path"] == "transformer"
+    published = [*pushed.files.values(), *pushed_later.values()]
+    assert not [c for c in published if str(base.parent.parent).encode() in c or str(ROOT).encode() in c]
+
+
+def test_paths_that_are_gone_are_published_nowhere(flags, tmp_path):
+    """A checkpoint that was pruned since would tell the user's name."""
+    args = script.parse_args(flags(tmp_path, resume_from_checkpoint="/home/somebody/run/checkpoint-4", learning_rate=0.5))
+    assert script.public_settings(args)["resume_from_checkpoint"] == "checkpoint-4"
+    assert "somebody" not in script.training_command(args)
 
 
 @pytest.mark.parametrize("words", [["--hub_token", SECRET], [f"--hub_token={SECRET}"], [f"--hub_tok={SECRET}"], ["--hub_token"]])
@@ -301,5 +309,7 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         with pytest.raises(SystemExit):
             script.parse_args(flags(tmp_path, *switches, **changes))
         assert "--hub_" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"):  # a folder, which others lack
+        script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
     with pytest.raises(ValueError, match="bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))
