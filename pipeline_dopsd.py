@@ -230,6 +230,21 @@ class DOPSDMixin:
                 raise ValueError(f"This LoRA was trained on another base: its layer {layer}, {weight.shape[1]} wide, does not fit.")
         super().load_lora_into_transformer(state_dict, transformer=transformer, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves the stock pipeline, which plain diffusers loads; the number of steps stays in its model_index.json.
+
+        Raises:
+            ValueError: a LoRA lies beside the weights, which could then not be loaded.
+        """
+        if self.transformer is not None and any(".lora_" in name for name, _ in self.transformer.named_parameters()):
+            raise ValueError("Call fuse_lora() and unload_lora_weights() before save_pretrained(); save_lora_weights() saves the LoRA alone.")
+        stock = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
+        own = {n: v for n, v in self.config.items() if n not in self.components and not n.startswith(("_", "base_"))}
+        # not from_pipe, which would cast the weights to fp32
+        pipeline = stock(**self.components, **{n: v for n, v in own.items() if n in inspect.signature(stock).parameters})
+        pipeline.register_to_config(**own)
+        pipeline.save_pretrained(save_directory, **kwargs)
+
     def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""
         self.multimodal_encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
@@ -286,6 +301,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     ]  # fmt: skip
     default_num_inference_steps = 8
+    distilled_bases = "Tongyi-MAI/Z-Image-Turbo"
     transformer_class = ZImageTransformer2DModel
     vae_class = AutoencoderKL
 
@@ -395,6 +411,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     # 256 of the 512 tokens of a context: see `encode_teacher`
     default_teacher_max_pixels = 512 * 512
     default_num_inference_steps = 4
+    distilled_bases = "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-9B"
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default
@@ -417,8 +434,9 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         self.register_to_config(num_inference_steps=num_inference_steps, **encoding)
 
     @torch.no_grad()
-    def __call__(self, image=None, prompt=None, *, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
-        """As [`Flux2KleinPipeline.__call__`], with the checkpoint's number of steps and without guidance by default."""
+    def __call__(self, prompt=None, *, image=None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
+        """As [`Flux2KleinPipeline.__call__`], with the prompt first as in other families, the checkpoint's number of steps and no
+        guidance by default."""
         kwargs = {**self.encoding, **kwargs}
         steps = num_inference_steps or self.config.num_inference_steps
         return super().__call__(image, prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
@@ -548,7 +566,7 @@ class _FromRepository:
     def register_to_config(self, **kwargs):
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and self.config.get("base_model"):
-            self.load_lora_weights(kwargs["_name_or_path"], weight_name=LORA_WEIGHT_NAME)
+            self.load_lora_weights(kwargs["_name_or_path"], weight_name=LORA_WEIGHT_NAME, adapter_name="dopsd")
 
 
 class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
@@ -605,11 +623,17 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
     """The pipeline class for a base model, by the class name in its model_index.json; reads no weights.
 
     Raises:
-        ValueError: the base is of no known family.
+        ValueError: the base is of no known family, or its model_index.json says that it is not step-distilled.
     """
-    name = DiffusionPipeline.load_config(model_name_or_path, revision=revision).get("_class_name")
+    config = DiffusionPipeline.load_config(model_name_or_path, revision=revision)
+    name = config.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{model_name_or_path} is a {name}; known families are: {', '.join(FAMILIES)}.")
+    if config.get("is_distilled") is False:
+        raise ValueError(
+            f"{model_name_or_path} is not step-distilled (is_distilled in its model_index.json), so it has no few steps to keep. "
+            f"Give the distilled model: {FAMILIES[name].distilled_bases}."
+        )
     return FAMILIES[name]
 
 

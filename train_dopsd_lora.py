@@ -43,6 +43,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -80,7 +81,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
@@ -121,6 +122,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
 
 import pipeline_dopsd
 from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of, repository_config
@@ -150,6 +152,9 @@ MAY_CHANGE = {
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
+# those of diffusers with a backward, and without code from the Hub
+ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
+                      "xformers"]  # fmt: skip
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -164,6 +169,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class RefuseToken(argparse.Action):
+    """A command line is seen by others on the machine, and `accelerate launch` prints it when a run fails."""
+
+    def __call__(self, parser, *_):
+        parser.error("--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out")
 
 
 def add_model_arguments(parser):
@@ -223,7 +235,9 @@ def add_training_arguments(parser):
     add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="adamw8bit: states of 8 bits. "
+        "adafactor: factored states, no momentum. prodigy: finds the learning rate itself; give --learning_rate 1.")
+    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
     add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
     add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
@@ -231,8 +245,7 @@ def add_training_arguments(parser):
     add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
-    add("--attention_backend", metavar="NAME", choices=[b.value for b in AttentionBackendName if "sage" not in b.value],
-        help="Attention of diffusers, for example flash; those without a backward are left out. Default: PyTorch's.")
+    add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
@@ -257,7 +270,7 @@ def add_output_arguments(parser):
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
-    add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
+    add("--hub_token", action=RefuseToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
         "are tried six times.")  # fmt: skip
 
@@ -293,11 +306,14 @@ def check_arguments(parser, args):
         parser.error("--overwrite_output_dir starts anew: leave out --resume_from_checkpoint")
     if args.hub_push_checkpoints and not args.push_to_hub:
         parser.error("--hub_push_checkpoints needs --push_to_hub")
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
+        parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}: leave one out")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    del args.use_8bit_adam
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        parser.error(f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}")
     if args.hub_timeout <= 0:
         parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
-    args.hub_token = (args.hub_token or "").strip() or None
-    if args.hub_token:
-        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -622,8 +638,11 @@ def check_contexts(family, args, dataset, pairs):
             )
 
 
-def check_quantization(args):
-    """Raises ValueError where a quantisation cannot work on this machine."""
+def check_packages(args, sharded=False):
+    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, or a quantisation cannot work on this machine."""
+    package = {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt"}.get(args.optimizer)
+    if package and not importlib.util.find_spec(package):
+        raise ValueError(f"--optimizer {args.optimizer} needs {package}: pip install {package}.")
     for flag in ("quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
         if kind and args.mixed_precision != "bf16":
@@ -1144,6 +1163,7 @@ def optimizer_state(training):
     """State of optimiser and gradient scaler; with FSDP whole tensors, on the main process alone."""
     scaler, optimizer = training.accelerator.scaler, training.optimizer.optimizer
     if training.accelerator.is_fsdp2:
+        training.transformer.reshard()  # a validation may have left it gathered
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {"optimizer": get_optimizer_state_dict(training.transformer, optimizer, options=options)}
     return {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
@@ -1194,15 +1214,15 @@ def report_disk(training, args, first_step):
 
 
 def settings_of(args):
-    """The run's flags, without the token."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+    """The run's flags."""
+    return dict(vars(args))
 
 
 def public_settings(args):
     """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
 
     def shown(value):
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value) else value
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
     return {name: shown(value) for name, value in settings_of(args).items()}
 
@@ -1262,19 +1282,20 @@ def card_data(args, samples, tags):
     """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
     base, licence = args.pretrained_model_name_or_path, {}
     local, prompt = Path(base).is_dir(), args.instance_prompt
+    task = "image-to-image" if args.reference_column else "text-to-image"
     with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
         card = Path(base) / "README.md"
         if not local:
             offline = not args.push_to_hub
-            card = hf_hub_download(base, card.name, revision=args.revision, token=args.hub_token, local_files_only=offline)
+            card = hf_hub_download(base, card.name, revision=args.revision, local_files_only=offline)
         data = ModelCard.load(card).data
         licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
     widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
     return ModelCardData(
         base_model=None if local else base,  # the Hub refuses what is no repository
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "d-opsd", *tags],
+        pipeline_tag=task,
+        tags=[task, "diffusers", "d-opsd", *tags],
         instance_prompt=prompt,
         widget=widget or None,
         **licence,
@@ -1282,7 +1303,7 @@ def card_data(args, samples, tags):
 
 
 def training_command(args):
-    """The command that trained this, without the token and without flags that have their default."""
+    """The command that trained this, without flags that have their default."""
     defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
@@ -1310,6 +1331,10 @@ def save_card(args, samples, step, name, about, loading, tags):
     prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
+    given, load, image = "text alone", "", ""
+    if args.reference_column:  # references are training images, which are not published
+        given, load = "text and reference images", "\nfrom diffusers.utils import load_image"
+        image = 'image=load_image("reference.png"), '  # of the user
     way = "as a reference image"
     if args.teacher_context == "vlm":
         way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
@@ -1326,11 +1351,11 @@ def save_card(args, samples, step, name, about, loading, tags):
 
 ```py
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{load}
 
 {loading}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
              guidance_scale=0.0).images[0]
 ```
 
@@ -1345,7 +1370,7 @@ the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ## Limits
 
-It draws what its teacher could draw when it saw the training images, at the steps above, from text alone and without guidance.
+It draws what its teacher could draw when it saw the training images, at the steps above, from {given} and without guidance.
 How well it still draws what the base can draw was not measured by the training script.
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")
@@ -1371,14 +1396,14 @@ def push(args, step, save_card, files, message):
     limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
     set_client_factory(lambda: type(client)(**limits))
     try:
-        repo = create_repo(name, token=args.hub_token, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        if args.hub_private_repo and not model_info(repo, token=args.hub_token).private:
+        repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not model_info(repo).private:
             raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
         # upload_folder may make several commits
         paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
-        create_commit(repo, additions, commit_message=message, token=args.hub_token)
+        create_commit(repo, additions, commit_message=message)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         private = ["--private"] if args.hub_private_repo else []
@@ -1441,9 +1466,6 @@ def check_inputs(args):
     """
     check_output_dir(args)
     state = find_checkpoint(args)
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    check_quantization(args)
     if args.attention_backend:
         try:
             with attention_backend(args.attention_backend):
@@ -1452,8 +1474,6 @@ def check_inputs(args):
             raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
-        if Path(args.pretrained_model_name_or_path).is_dir():
-            logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     resolve_arguments(family, args)
     vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
@@ -1617,19 +1637,21 @@ def add_lora(pipeline, targets, args):
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
-def make_adamw(parameters, args, optimizer_class=functools.partial(torch.optim.AdamW, fused=True)):
-    """AdamW, with 8-bit states on request."""
-    if args.use_8bit_adam:
-        import bitsandbytes
+def make_optimizer(parameters, args, optimizer_class=None):
+    """What --optimizer asks for, or an AdamW of `optimizer_class`."""
+    options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "adafactor":
+        return Adafactor(parameters, **options, scale_parameter=False, relative_step=False)
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+        return Prodigy(parameters, **options, use_bias_correction=True, safeguard_warmup=True)
+    if args.optimizer == "adamw8bit" and not optimizer_class:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return (optimizer_class or functools.partial(torch.optim.AdamW, fused=True))(parameters, **options)
 
 
 def make_lr_scheduler(optimizer, args):
@@ -1713,7 +1735,7 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
         unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return {
         "weights": int(weights),
-        "lora": count * (3 * 4 + (2 if args.use_8bit_adam else 8)),
+        "lora": count * (3 * 4 + {"adamw8bit": 2, "adafactor": 0, "prodigy": 16}.get(args.optimizer, 8)),
         "activations": memory.peak - memory.held - half * count + 2 * unpacked,
     }
 
@@ -1736,7 +1758,7 @@ def report_memory(estimate, savings, accelerator):
 def lora_savings(args):
     """Flags that need less memory than `args`, those first that cost the least time and quality."""
     every = {
-        "--use_8bit_adam": args.use_8bit_adam,
+        "--use_8bit_adam": args.optimizer != "adamw",
         "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
@@ -1868,6 +1890,10 @@ def main(args):
     try:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
+        if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
+            raise ValueError("--push_to_hub: others do not have the folder that is the base; give --pretrained_model_name_or_path its id on "
+                             "the Hub.")  # fmt: skip
+        check_packages(args)
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
             family, dataset, pairs, cache, identity, state = check_inputs(args)
@@ -1890,7 +1916,7 @@ def main(args):
         count = sum(p.numel() for p in parameters)
         logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
         teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
-        optimizer = make_adamw(parameters, args)
+        optimizer = make_optimizer(parameters, args)
         lr_scheduler = make_lr_scheduler(optimizer, args)
         # frozen weights are the same in all processes, and quantised ones cannot be sent
         frozen = [name for name, parameter in pipeline.transformer.named_parameters() if not parameter.requires_grad]

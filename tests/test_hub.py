@@ -47,11 +47,11 @@ def pushed(hub, flags, tmp_path_factory):
     changes = {
         "pretrained_model_name_or_path": "tiny/base", "rank": 4, "lora_alpha": 6, "rollout_steps": STEPS, "num_inference_steps": STEPS,
         "max_train_steps": 8, "checkpointing_steps": 4, "learning_rate": 0.05, "ema_decay": 1.0, "validation_steps": 4,
-        "num_validation_images": 2, "report_to": "tensorboard", "hub_model_id": "my-lora", "hub_token": SECRET + "\n",
+        "num_validation_images": 2, "report_to": "tensorboard", "hub_model_id": "my-lora",
     }  # fmt: skip
     switches = ["--use_rslora", "--push_to_hub", "--hub_push_checkpoints", "--hub_private_repo"]
     command = [sys.executable, ROOT / "train_dopsd_lora.py", *flags("out", *switches, **changes)]
-    result = run(command, folder, **guarded_environment(folder, hub.url))
+    result = run(command, folder, **guarded_environment(folder, hub.url), HF_TOKEN=SECRET + "\n")
     assert result.returncode == 0, result.stderr[-3000:]
     return SimpleNamespace(folder=folder, out=folder / "out", log=result.stdout + result.stderr, files=hub.files("me/my-lora"))
 
@@ -60,10 +60,10 @@ def pushed(hub, flags, tmp_path_factory):
 def not_pushed(hub, flags, tmp_path_factory):
     """A run of the full script without network, whose push fails."""
     folder = tmp_path_factory.mktemp("not_pushed")
-    changes = {"rank": None, "learning_rate": 1e-3, "hub_model_id": "me/my-model", "hub_token": SECRET, "max_train_steps": 1}
+    changes = {"rank": None, "learning_rate": 1e-3, "hub_model_id": "me/my-model", "max_train_steps": 1}
     command = [sys.executable, ROOT / "train_dopsd_full.py", *flags("out", "--push_to_hub", context_cache_dir=None, **changes)]
     # nothing listens on port 9, and so it is refused, as by a firewall
-    result = run(command, folder, HF_ENDPOINT="http://127.0.0.1:9", NETWORK_ALLOWED="127.0.0.1")
+    result = run(command, folder, HF_ENDPOINT="http://127.0.0.1:9", NETWORK_ALLOWED="127.0.0.1", HF_TOKEN=SECRET)
     return SimpleNamespace(folder=folder, out=folder / "out", result=result)
 
 
@@ -81,21 +81,31 @@ def test_nothing_else_is_contacted(pushed, not_pushed):
     assert (pushed.folder / "network.log").read_text() == (not_pushed.folder / "network.log").read_text() == ""
 
 
-def test_token_and_paths_are_published_nowhere(pushed, not_pushed):
-    """The token gives the user's account away, and a path the user's name."""
+def test_token_and_paths_are_published_nowhere(pushed, not_pushed, pushed_later, base):
+    """The token gives the user's account away, and a path the user's name: also that of a base that is a folder."""
     files = [p for run in (pushed, not_pushed) for p in run.folder.rglob("*") if p.is_file()]
     assert any("events.out" in p.name for p in files)
     assert not [p for p in files if SECRET.encode() in p.read_bytes()]
     assert SECRET not in pushed.log + not_pushed.result.stdout + not_pushed.result.stderr
-    published = [*pushed.files.values(), (not_pushed.out / "README.md").read_bytes()]
-    assert not [c for c in published if str(pushed.folder.parent).encode() in c or str(ROOT).encode() in c]
+    assert json.loads(pushed_later["transformer/config.json"])["_name_or_path"] == "transformer"
+    published = [*pushed.files.values(), *pushed_later.values()]
+    assert not [c for c in published if str(base.parent.parent).encode() in c or str(ROOT).encode() in c]
 
 
-def test_trackers_cannot_read_the_token_from_the_command_line(flags, tmp_path, monkeypatch):
-    """wandb stores sys.argv."""
-    monkeypatch.setattr(sys, "argv", ["train_dopsd_lora.py", "--hub_token", SECRET, f"--hub_token={SECRET}"])
-    assert script.parse_args(flags(tmp_path, hub_token=SECRET)).hub_token == SECRET
-    assert sys.argv == ["train_dopsd_lora.py", "--hub_token", "***", "--hub_token=***"]
+def test_paths_that_are_gone_are_published_nowhere(flags, tmp_path):
+    """A checkpoint that was pruned since would tell the user's name."""
+    args = script.parse_args(flags(tmp_path, resume_from_checkpoint="/home/somebody/run/checkpoint-4", learning_rate=0.5))
+    assert script.public_settings(args)["resume_from_checkpoint"] == "checkpoint-4"
+    assert "somebody" not in script.training_command(args)
+
+
+@pytest.mark.parametrize("words", [["--hub_token", SECRET], [f"--hub_token={SECRET}"], [f"--hub_tok={SECRET}"], ["--hub_token"]])
+def test_token_on_the_command_line_is_refused(flags, tmp_path, capsys, words):
+    """It would be seen by others on the machine, in logs of a scheduler and in what `accelerate launch` prints of a failed run."""
+    with pytest.raises(SystemExit):
+        script.parse_args([*flags(tmp_path), *words])
+    printed = "".join(capsys.readouterr())
+    assert "HF_TOKEN" in printed.splitlines()[-1] and "hf auth login" in printed and SECRET not in printed
 
 
 def test_card_is_complete(pushed):
@@ -275,8 +285,8 @@ def test_failures_of_the_hub_end_in_time(hub, pushed, flags, tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     environment = guarded_environment(tmp_path, hub.url)
     environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-    command = [sys.executable, "-c", FAILURES, json.dumps(flags("out", hub_token=SECRET)), "fine", *failures]
-    result = run(command, tmp_path, **environment)
+    command = [sys.executable, "-c", FAILURES, json.dumps(flags("out")), "fine", *failures]
+    result = run(command, tmp_path, **environment, HF_TOKEN=SECRET)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.strip().splitlines()[-1])
     assert results.pop("fine")[0] == results.pop("on the way")[0] == "pushed"
@@ -298,5 +308,7 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         with pytest.raises(SystemExit):
             script.parse_args(flags(tmp_path, *switches, **changes))
         assert "--hub_" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"):  # a folder, which others lack
+        script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
     with pytest.raises(ValueError, match="bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -126,6 +129,17 @@ def test_family_is_known_by_the_base(klein, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="ZImagePipeline.*Flux2KleinPipeline"):
         family_of(str(tmp_path))
+
+
+def test_undistilled_base_is_refused_before_weights_load(train_klein, klein, tmp_path, monkeypatch):
+    """It would learn from four-step pictures that are blurred to begin with, and its card would promise four steps."""
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    shutil.copytree(klein, tmp_path / "undistilled")
+    index = json.loads((klein / "model_index.json").read_text()) | {"is_distilled": False}
+    (tmp_path / "undistilled" / "model_index.json").write_text(json.dumps(index))
+    for run in (train_klein, Trainer(full_script, functools.partial(train_klein.flags, rank=None), None, None)):
+        with pytest.raises(ValueError, match="undistilled is not step-distilled.*Give .*FLUX.2-klein-4B"):
+            run(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "undistilled")
 
 
 def test_student_contexts_are_the_stock_pipelines(pipeline, stock):
@@ -330,10 +344,34 @@ def test_lora_loads_in_all_ways(trained, klein):
     c = DiffusionPipeline.from_pretrained(klein)
     c.load_lora_weights(trained)
     assert type(c) is Flux2KleinPipeline
-    for pipe, settings in ((a, {}), (b, {}), (c, {"num_inference_steps": 4, "guidance_scale": 1.0})):
-        noise = b.initial_noise(64, 64, torch.Generator().manual_seed(0))
-        image = pipe(prompt="a blue disc", height=64, width=64, latents=noise, **settings).images[0]
-        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+    few, size = {"num_inference_steps": 4, "guidance_scale": 1.0}, {"height": 64, "width": 64}
+    noise = b.initial_noise(64, 64, torch.Generator().manual_seed(0))
+    pictures = [pipe("a blue disc", latents=noise, **size).images[0] for pipe in (a, b, type(a).from_pipe(c))]
+    pictures += [pipe(prompt="a blue disc", latents=noise, **size, **few).images[0] for pipe in (c, Flux2KleinPipeline.from_pipe(b))]
+    assert all(np.abs(np.asarray(picture).astype(int) - expected).max() <= 1 for picture in pictures)
+
+
+def test_prompt_comes_first_and_pictures_by_name(pipeline, stock):
+    """The stock call begins with the picture: `pipe("a photo ..")`, as all other models are called, would raise."""
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    for given in ({}, {"image": RED}):
+        seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+        ours = pipeline(PROMPTS[0], **given, **size, generator=seeds[0]).images
+        theirs = stock(prompt=PROMPTS[0], **given, **size, guidance_scale=1.0, generator=seeds[1]).images
+        assert (ours == theirs).all()
+
+
+def test_fused_pipeline_is_saved_as_a_plain_one(trained, tmp_path):
+    """As of Z-Image; a klein that forgot that it is distilled would be run with guidance."""
+    pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    saved = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(saved) is Flux2KleinPipeline and saved.config.is_distilled
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    pictures = [p(prompt=PROMPTS[0], **size, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images for p in (pipe, saved)]
+    assert (pictures[0] == pictures[1]).all()
 
 
 @pytest.fixture
@@ -375,7 +413,8 @@ def test_every_teacher_trains(train_klein, tmp_path, monkeypatch, teacher_contex
 
 
 def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, with_references, tmp_path, monkeypatch):
-    """A student without its references, or batches of several layouts, would train another task or fail."""
+    """A student without its references, or batches of several layouts, would train another task or fail; and so would a user whom
+    the card tells to give no picture."""
     seen, velocity = [], DOPSDFlux2KleinPipeline.velocity
 
     def recorded(self, transformer, latents, timestep, contexts):
@@ -392,6 +431,18 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train_klein, 
         assert teacher[0] == teacher[1] and student[0] == student[1]
         assert teacher[0] == {**student[0], "reference_1": (8, 8)}
     assert {c[0]["reference_0"] for c in seen} == {(8, 8), (8, 12)}
+
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-to-image" and "image-to-image" in card.data.tags and "text-to-image" not in card.data.tags
+    assert "from text alone" not in card.text
+    (code,) = re.findall(r"```py\n(.*?)```", card.text, re.DOTALL)
+    WIDE.save(tmp_path / "reference.png")
+    monkeypatch.chdir(tmp_path)
+    seen.clear()
+    given = []
+    monkeypatch.setattr(Flux2KleinPipeline, "__call__", lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[1]))
+    exec(code, {})
+    assert given[0].size == WIDE.size
 
 
 def test_batches_share_the_size_of_what_the_teacher_sees(train_klein, tmp_path):

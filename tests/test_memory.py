@@ -36,7 +36,7 @@ def bench(**changes):
         "checkpointed_blocks": 1.0,
         "offloaded_blocks": 0.0,
         "quantization": None,
-        "use_8bit_adam": False,
+        "optimizer": "adamw",
     }
     defaults |= {
         "lora_alpha": 16,
@@ -211,7 +211,7 @@ def nf4_anywhere(monkeypatch, nf4_of_small_layers):
     if not torch.cuda.is_available():
         monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *a, **k: None)
         monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *a: {"": "cpu"})
-        monkeypatch.setattr(script, "check_quantization", lambda args: None)
+        monkeypatch.setattr(script, "check_packages", lambda args: None)
 
 
 def test_nf4_base_trains_a_lora(train, nf4_anywhere, tmp_path):

@@ -31,9 +31,11 @@ def trained(train, tmp_path_factory):
     changes = {
         "rank": 4, "lora_alpha": 16, "rollout_steps": STEPS, "num_inference_steps": STEPS, "max_train_steps": 12, "learning_rate": 0.05,
         "ema_decay": 1.0, "validation_steps": 100, "num_validation_images": 1, "report_to": "tensorboard",
-        "hub_token": SECRET, "checkpointing_steps": 6,
+        "checkpointing_steps": 6,
     }  # fmt: skip
-    return train(tmp_path_factory.mktemp("trained"), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        return train(tmp_path_factory.mktemp("trained"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,30 @@ def test_way_c_without_custom_code(trained, expected, base):
     pipe.load_lora_weights(trained)
     assert type(pipe) is ZImagePipeline
     assert np.abs(sample(pipe, num_inference_steps=STEPS, guidance_scale=0.0) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("way", "ab")
+def test_fused_pipeline_is_saved_as_a_plain_one(trained, expected, base, tmp_path, way):
+    """One folder for programs that know neither LoRAs nor remote code; a folder that nothing loads would be found out later."""
+    if way == "a":
+        pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(trained), trust_remote_code=True, dtype=torch.bfloat16)
+        pipe.load_lora_weights(trained, adapter_name="dopsd")
+    else:
+        pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
+    assert pipe.get_active_adapters() == ["dopsd"]
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        pipe.save_pretrained(tmp_path / "x")
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "x")
+    assert {w.dtype for w in load_file(tmp_path / "x" / "transformer" / WEIGHTS).values()} == {pipe.transformer.dtype}
+    if way == "a":
+        return
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "x")
+    assert type(stock) is ZImagePipeline and type(DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)) is ZImagePipeline
+    assert np.abs(sample(stock, num_inference_steps=STEPS, guidance_scale=0.0) - expected).max() <= 1
+    ours = DOPSDZImagePipeline.from_pretrained(tmp_path / "x")
+    assert np.abs(sample(ours) - expected).max() <= 1 and forwards(ours) == [1] * STEPS
 
 
 NEW_PROCESS = """

@@ -16,7 +16,7 @@ from fix_copies import definitions, with_copies  # noqa: E402
 
 SCRIPTS = [ROOT / "train_dopsd_lora.py", ROOT / "train_dopsd_full.py"]
 FILES = [*SCRIPTS, ROOT / "pipeline_dopsd.py"]
-OPTIONAL = {"bitsandbytes", "torchao", "wandb"}  # imported inside functions, for flags that ask for them
+OPTIONAL = {"bitsandbytes", "prodigyopt", "torchao", "wandb"}  # imported inside functions, for flags that ask for them
 
 
 def imports(path, top_level):

@@ -1,9 +1,13 @@
 """Whole runs of both scripts: resume, precision, optimisers, validation, several processes."""
 
+import importlib.util
 import json
+import sys
+import types
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,8 +48,9 @@ def assert_equal(ours, theirs):
             {"gradient_accumulation_steps": 2, "train_batch_size": 2, "lr_scheduler": "cosine", "validation_steps": 4},
         ),
         (["--use_8bit_adam", "--gradient_checkpointing"], {"rank": 64, "mixed_precision": "bf16"}),
+        ([], {"optimizer": "adafactor"}),
     ],
-    ids=["plain", "accumulated", "8bit"],
+    ids=["plain", "accumulated", "8bit", "adafactor"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypatch, switches, changes):
     """A resume that is not exact is a second training: other data and noise, a teacher or optimiser that jumps."""
@@ -117,6 +122,46 @@ def test_bf16_base_trains_an_fp32_lora(train, tmp_path):
     name = next(n for n in student if "lora_B" in n)
     assert 0 < teacher[name].abs().max() < 1e-3 * student[name].abs().max()
     assert {w.dtype for w in load_file(tmp_path / LORA).values()} == {torch.float32}
+
+
+class Prodigy(torch.optim.AdamW):
+    """Stands in for that of the package prodigyopt, which the tests do not install."""
+
+    def __init__(self, parameters, lr, weight_decay, betas, eps, use_bias_correction, safeguard_warmup):
+        assert (lr, betas, use_bias_correction, safeguard_warmup) == (1.0, (0.9, 0.99), True, True)
+        super().__init__(parameters, lr / 100, betas, eps, weight_decay)
+
+
+def test_prodigy_is_what_is_asked_for(train_any, tmp_path, monkeypatch, capsys):
+    """Another optimiser under its name, or one that starts at a rate that is nothing to it, would hardly train."""
+    flags = {"optimizer": "prodigy", "learning_rate": 1.0, "adam_beta2": 0.99, "max_train_steps": 1}
+    monkeypatch.setitem(sys.modules, "prodigyopt", types.SimpleNamespace(Prodigy=Prodigy, __spec__=True))
+    made, prepare = [], Accelerator.prepare
+    monkeypatch.setattr(Accelerator, "prepare", lambda self, *parts: made.append(parts[-1]) or prepare(self, *parts))
+    train_any(tmp_path, **flags)
+    assert type(made[0]) is Prodigy
+    with pytest.raises(SystemExit):
+        train_any(tmp_path, **flags | {"learning_rate": 1e-4})
+    assert "--learning_rate: give 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")])
+def test_optimiser_of_a_missing_package(train_any, tmp_path, monkeypatch, name, package):
+    """Said before data is read, with the command that installs it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted, *rest: None if wanted == package else find(wanted, *rest))
+    monkeypatch.setattr(train_any.module, "read_dataset", lambda args: pytest.fail("data was read"))
+    with pytest.raises(ValueError, match=f"--optimizer {name} needs {package}: pip install {package}"):
+        train_any(tmp_path, optimizer=name, learning_rate=1.0)
+
+
+def test_8bit_adam_goes_with_no_other_optimiser(train_any, tmp_path, capsys):
+    """One of two flags would be passed over without a word; --use_8bit_adam alone is --optimizer adamw8bit."""
+    parse = lambda *words, **changes: train_any.module.parse_args(train_any.flags(tmp_path, *words, **changes))  # noqa: E731
+    assert parse("--use_8bit_adam") == parse(optimizer="adamw8bit") != parse()
+    with pytest.raises(SystemExit):
+        parse("--use_8bit_adam", optimizer="adafactor")
+    assert "--use_8bit_adam is AdamW, not --optimizer adafactor" in capsys.readouterr().err
 
 
 def test_8bit_adam_has_8bit_states(train, tmp_path):

@@ -42,7 +42,7 @@ def make_dataset(rows, folder):
 STEPS = {
     "make_accelerator": "accelerator", "check_inputs": "dataset and checks", "build_without_weights": "model on the meta device",
     "encode_contexts": "contexts", "first_batch": "first batch", "estimate_memory": "estimate of memory",
-    "load_for_training": "weights", "place_for_training": "to the device", "add_lora": "LoRA", "make_adamw": "optimiser",
+    "load_for_training": "weights", "place_for_training": "to the device", "add_lora": "LoRA", "make_optimizer": "optimiser",
     "backward_each_state": "rollout and backward",
 }  # fmt: skip
 
