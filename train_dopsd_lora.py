@@ -111,11 +111,6 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1068,7 +1063,7 @@ def identity_of(args, dataset, cache):
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
         "number of images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
-        "way of sharing weights among processes": "FSDP" if AcceleratorState().distributed_type == DistributedType.FSDP else "none",
+        "number of shards of the weights": PartialState().num_processes if AcceleratorState().distributed_type == DistributedType.FSDP else 1,
     }
 
 
@@ -1142,10 +1137,11 @@ def save_checkpoint(training, args, step):
     training.prepare(aside)
     for network, tensors in training.networks.items():
         save_weights(tensors, aside / network)
-    optimizer = optimizer_state(training)
+    if accelerator.is_main_process or accelerator.is_fsdp2:
+        with open(optimizer_file(aside, accelerator), "wb") as file:
+            torch.save(optimizer_state(training), file)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with open(aside / OPTIMIZER_NAME, "wb") as file:
-            torch.save(optimizer, file)
         files = {p.relative_to(aside).as_posix(): checksum(p) for p in sorted(aside.rglob("*")) if p.is_file()}
         state = {"step": step, "script": Path(__file__).name, "settings": settings_of(args), "identity": training.identity, "files": files}
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
@@ -1159,14 +1155,33 @@ def save_checkpoint(training, args, step):
     accelerator.wait_for_everyone()
 
 
+def optimizer_file(checkpoint, accelerator):
+    """The main process writes the optimiser's states; with FSDP every process those of its shards."""
+    return checkpoint / (f"optimizer-{accelerator.process_index}.bin" if accelerator.is_fsdp2 else OPTIMIZER_NAME)
+
+
 def optimizer_state(training):
-    """State of optimiser and gradient scaler; with FSDP whole tensors, on the main process alone."""
-    scaler, optimizer = training.accelerator.scaler, training.optimizer.optimizer
+    """State of optimiser and gradient scaler, with this process's shards as plain tensors."""
+    scaler, state = training.accelerator.scaler, training.optimizer.optimizer.state_dict()
     if training.accelerator.is_fsdp2:
-        training.transformer.reshard()  # a validation may have left it gathered
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return {"optimizer": get_optimizer_state_dict(training.transformer, optimizer, options=options)}
-    return {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
+        local = {i: {n: t.to_local() if isinstance(t, DTensor) else t for n, t in values.items()} for i, values in state["state"].items()}
+        state = {**state, "state": local}
+    return {"optimizer": state, **({"scaler": scaler.state_dict()} if scaler else {})}
+
+
+def load_optimizer_state(training, saved):
+    """Loads what `optimizer_state` gave."""
+    optimizer = training.optimizer.optimizer
+    if training.accelerator.is_fsdp2:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter, values in zip(parameters, saved["optimizer"]["state"].values(), strict=True):
+            for name, tensor in values.items():
+                if tensor.shape == parameter.to_local().shape:
+                    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+                    values[name] = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+    optimizer.load_state_dict(saved["optimizer"])
+    if training.accelerator.scaler:
+        training.accelerator.scaler.load_state_dict(saved["scaler"])
 
 
 def resume(training, state):
@@ -1178,18 +1193,11 @@ def resume(training, state):
     if not state:
         return 0
     checkpoint = state["path"]
-    scaler, optimizer = training.accelerator.scaler, training.optimizer.optimizer
     try:
         for network, tensors in training.networks.items():
             load_weights(tensors, checkpoint / network)
-        saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        if training.accelerator.is_fsdp2:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            set_optimizer_state_dict(training.transformer, optimizer, saved["optimizer"], options=options)
-        else:
-            optimizer.load_state_dict(saved["optimizer"])
-        if scaler:
-            scaler.load_state_dict(saved["scaler"])
+        saved = torch.load(optimizer_file(checkpoint, training.accelerator), map_location="cpu", weights_only=True)
+        load_optimizer_state(training, saved)
         training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
     except Exception as error:  # whatever somebody put there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
