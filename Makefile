@@ -14,7 +14,7 @@ SFT_RATE ?= 3e-4
 MINIATURE := examples/miniature
 # the layers through which the text reaches the network: the concept is learned and little else changes
 LAYERS ?= context_refiner
-COMMON := --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
+COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--seed 0
 
@@ -29,9 +29,9 @@ $(VENV)/.installed: requirements.txt constraints.txt
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_dopsd_lora.py $(COMMON) --learning_rate $(RATE) --prior_prompts $(MINIATURE)/prior_prompts.txt --ema_decay 0.999 --num_inference_steps 4 \
+		train_dopsd_lora.py $(COMMON) --vlm_model_name_or_path $(MINIATURE)/vlm --learning_rate $(RATE) --prior_prompts $(MINIATURE)/prior_prompts.txt --ema_decay 0.999 --num_inference_steps 4 \
 		--max_train_steps $(STEPS) --validation_steps 30 --output_dir $(DEMO)/dopsd
-	$(BIN)/python examples/train_sft.py $(COMMON) --learning_rate $(SFT_RATE) --max_train_steps $(SFT_STEPS) --report_to none \
+	$(BIN)/python examples/train_sft.py $(COMMON) --learning_rate $(SFT_RATE) --max_train_steps $(SFT_STEPS) \
 		--output_dir $(DEMO)/sft
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png

@@ -17,7 +17,7 @@ pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=repo, trust_remot
 pipe.load_lora_weights(repo)
 # (b) the repository alone: the base is fetched by its name; for another dtype add base_dtype="float16"
 pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
-# (c) no custom code: pass the number of steps and guidance_scale=0.0 yourself
+# (c) no custom code: pass prompt=.., the number of steps and guidance_scale=0.0 yourself
 pipe = DiffusionPipeline.from_pretrained(base)
 pipe.load_lora_weights(repo)
 ```

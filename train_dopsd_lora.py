@@ -150,6 +150,8 @@ QUANTIZATIONS = ["nf4", "int8", "fp8"]
 # those of diffusers with a backward, and without code from the Hub
 ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
                       "xformers"]  # fmt: skip
+UMASK = os.umask(0)  # it is only read by setting it
+os.umask(UMASK)
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -591,6 +593,7 @@ class ContextCache:
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         contexts = {"student": student, "teacher": teacher}
         save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
+        apply_umask(aside)
         os.replace(aside, path)
 
 
@@ -1095,6 +1098,12 @@ def check_resume(state, identity, args):
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}: give at least {state['step']}.")
 
 
+def apply_umask(*paths):
+    """Gives files the permissions of other files; safetensors lets nobody but the user read what it writes."""
+    for path in paths:
+        os.chmod(path, 0o666 & ~UMASK)
+
+
 def save_weights(tensors, folder, dtype=None):
     """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process."""
     gathered, main = {}, PartialState().is_main_process
@@ -1106,6 +1115,7 @@ def save_weights(tensors, folder, dtype=None):
     if main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(gathered, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        apply_umask(*Path(folder).glob("*.safetensors"))
 
 
 @torch.no_grad()
@@ -1147,8 +1157,11 @@ def save_checkpoint(training, args, step):
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
         checksum(aside / STATE_NAME)
         if final.exists():  # a damaged one, which was passed over
-            final.rename(folder / f".checkpoint-{step}.old.tmp")
-        aside.rename(final)
+            final.rename(old := folder / f".checkpoint-{step}.old.tmp")
+            aside.rename(final)
+            shutil.rmtree(old)
+        else:
+            aside.rename(final)
         whole = [path for path in list_checkpoints(folder) if step_of(path) <= step]
         for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
             shutil.rmtree(old)
@@ -1254,6 +1267,7 @@ def save_lora(pipeline, transformer, targets, args, folder):
         weight_name=LORA_WEIGHT_NAME,
         transformer_lora_adapter_metadata={"r": args.rank, "lora_alpha": args.rank, "target_modules": targets},
     )
+    apply_umask(aside / LORA_WEIGHT_NAME)
     os.replace(aside / LORA_WEIGHT_NAME, Path(folder) / LORA_WEIGHT_NAME)
     aside.rmdir()
 

@@ -10,6 +10,7 @@ Anything else is refused: a key that is dropped in silence is a layer that is lo
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -113,6 +114,9 @@ def main(input_args=None):
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {args.lora}: {error}")
     family.save_lora_weights(args.output_dir, transformer_lora_layers=weights, weight_name=LORA_WEIGHT_NAME)
+    umask = os.umask(0)  # it is only read by setting it
+    os.umask(umask)
+    written.chmod(0o666 & ~umask)  # safetensors lets nobody but the user read what it writes
     print(f"{len(weights) // 2} layers: {written}")
 
 

@@ -2,17 +2,20 @@
 
     python examples/train_sft.py --pretrained_model_name_or_path ... --instance_data_dir ... --output_dir ...
 
-Flow matching on the training images (SFT); with --class_prompt also on images that the model itself drew of that prompt
-(DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of train_dopsd_lora.py; with
---full, all weights train and the output is that of train_dopsd_full.py.
+Flow matching on the training images (SFT), cropped to squares; with --class_prompt also on images that the model itself drew of
+that prompt (DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of
+train_dopsd_lora.py; with --full, all weights train and the output is that of train_dopsd_full.py. Of their flags, only those
+that do here what they do there are taken. It runs in one process.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers.training_utils import generate_aspect_ratio_buckets
+import transformers
+from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from tqdm.auto import tqdm
 
 
@@ -23,22 +26,41 @@ import train_dopsd_lora as dopsd  # noqa: E402
 from pipeline_dopsd import family_of  # noqa: E402
 
 
+# flags of both training scripts, of a LoRA and of all weights that are honoured here
+COMMON = {
+    "pretrained_model_name_or_path", "revision", "variant", "encoder_quantization", "instance_data_dir", "dataset_name",
+    "dataset_config_name", "image_column", "caption_column", "instance_prompt", "resolution", "rollout_steps", "num_inference_steps",
+    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps",
+    "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "max_grad_norm", "gradient_checkpointing", "checkpointed_blocks", "attention_backend", "compile_blocks", "mixed_precision",
+    "allow_tf32", "seed", "output_dir",
+}  # fmt: skip
+LORA = {"rank", "lora_alpha", "use_rslora", "lora_layers", "quantization"}
+FULL = {"stochastic_rounding"}
+
+
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    dopsd.add_model_arguments(parser)
-    dopsd.add_data_arguments(parser)
-    dopsd.add_dopsd_arguments(parser)
-    dopsd.add_lora_arguments(parser)
-    dopsd.add_training_arguments(parser)
-    dopsd.add_output_arguments(parser)
-    full.add_full_arguments(parser)
-    parser.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
-    parser.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
-    parser.add_argument("--num_class_images", type=int, default=100)
-    parser.add_argument("--prior_loss_weight", type=float, default=1.0)
-    args = parser.parse_args(input_args)
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
+    own.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
+    own.add_argument("--num_class_images", type=int, default=100, help="Images of the class prompts.")
+    own.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on them.")
+    every = argparse.ArgumentParser(parents=[own])
+    for add in (dopsd.add_model_arguments, dopsd.add_data_arguments, dopsd.add_dopsd_arguments, dopsd.add_lora_arguments,
+                dopsd.add_training_arguments, dopsd.add_output_arguments, full.add_full_arguments):  # fmt: skip
+        add(every)
+    honoured = COMMON | (FULL if own.parse_known_args(input_args)[0].full else LORA)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False)
+    for action in every._actions:
+        if action.dest in honoured:
+            parser._add_action(action)
+    parser.parse_args(input_args)  # refuses what would do nothing here
+    args = every.parse_args(input_args)  # the rest has defaults
     dopsd.check_arguments(parser, args)
+    if args.full:
+        full.check_full_arguments(parser, args)
     args.lora_alpha = args.lora_alpha or args.rank
+    args.report_to, args.validation_steps = "none", 0
     return args
 
 
@@ -49,15 +71,27 @@ def shift_of(pipeline, latents, num_steps):
     return sigma * (1 - u) / (u * (1 - sigma))
 
 
-def flow_matching_loss(pipeline, latents, contexts, rng, shift):
-    """|| v_theta(x_s, s, c) - (noise - x0) ||^2 at times drawn over the whole schedule."""
-    u = torch.rand(len(latents), generator=rng)
+def draw(latents, contexts, count, rng, shift):
+    """`count` examples: states x_s at times drawn over the whole schedule, contexts, sigmas s and velocities noise - x0."""
+    picks = torch.randint(len(latents), (count,), generator=rng).tolist()
+    captions = [contexts[i][int(torch.randint(len(contexts[i]), (1,), generator=rng))] for i in picks]
+    latents = latents[picks]
+    u = torch.rand(count, generator=rng)
     sigmas = (shift * u / (1 + (shift - 1) * u)).to(latents.device)
     noise = torch.randn(latents.shape, generator=rng).to(latents.device)
     s = sigmas.view(-1, 1, 1, 1)
-    states = (1 - s) * latents + s * noise
+    return (1 - s) * latents + s * noise, captions, sigmas, noise - latents
+
+
+def micro_batches(examples, size):
+    """The `examples` of `draw` in parts of `size`: what is drawn for a step does not depend on how it is split."""
+    return [[column[i : i + size] for column in examples] for i in range(0, len(examples[0]), size)]
+
+
+def flow_matching_loss(pipeline, states, contexts, sigmas, velocities):
+    """|| v_theta(x_s, s, c) - (noise - x0) ||^2, mean over elements."""
     velocity = pipeline.velocity(pipeline.transformer, states, 1000 * sigmas, contexts)
-    return torch.nn.functional.mse_loss(velocity, noise - latents)
+    return torch.nn.functional.mse_loss(velocity, velocities)
 
 
 @torch.no_grad()
@@ -67,32 +101,56 @@ def encode(pipeline, images, captions):
     return torch.cat([pipeline.image_latents(image).float() for image in pixels]), [pipeline.encode_student(texts) for texts in captions]
 
 
-def draw(latents, contexts, batch_size, rng):
-    picks = torch.randint(len(latents), (batch_size,), generator=rng).tolist()
-    captions = [contexts[i][int(torch.randint(len(contexts[i]), (1,), generator=rng))] for i in picks]
-    return latents[picks], captions
+def check_inputs(args, accelerator):
+    """Everything that can be known to be wrong before weights load. Returns family, dataset and the LoRA's layers.
+
+    Raises:
+        ValueError: with one sentence that names the flag or file.
+    """
+    if accelerator.num_processes > 1:
+        raise ValueError("train_sft.py runs in one process: launch it with python.")
+    dopsd.check_packages(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    planned = dopsd.build_without_weights(family, args)
+    multiple = family.size_multiple(planned.vae.config)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
+    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1])
+    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    return family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 
 
 def main(args):
     accelerator = dopsd.make_accelerator(args)
-    family = family_of(args.pretrained_model_name_or_path)
-    pipeline = family.from_pretrained(args.pretrained_model_name_or_path, dtype=dopsd.weight_dtype_of(args))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(accelerator.device)
-    for module in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-        module.requires_grad_(False)
-
-    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=family.size_multiple(pipeline.vae.config))
-    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1])
-    instance = encode(pipeline, [dopsd.training_image(row) for row in dataset], dataset["captions"])
+    try:
+        family, dataset, targets = check_inputs(args, accelerator)
+    except (ValueError, OSError) as error:
+        raise dopsd.InputError(error) from error
+    quantization = dopsd.quantization_config("transformer", args.quantization, diffusers)
+    pipeline = dopsd.load_for_training(family, args, quantization)
+    encoders = family.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=dopsd.weight_dtype_of(args),
+        quantization_config=dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers),
+    ).to(accelerator.device)
+    encoders.set_progress_bar_config(disable=True)
+    instance = encode(encoders, [dopsd.training_image(row) for row in dataset], dataset["captions"])
     if args.class_prompt:
+        encoders.transformer = pipeline.transformer.to(accelerator.device)
         size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.rollout_steps}
         prompts = [args.class_prompt[i % len(args.class_prompt)] for i in range(args.num_class_images)]
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
-        drawn = [pipeline(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
-        prior = encode(pipeline, drawn, [[prompt] for prompt in prompts])
+        drawn = [encoders(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
+        prior = encode(encoders, drawn, [[prompt] for prompt in prompts])
+    del encoders
+    free_memory()
 
-    targets = None if args.full else dopsd.find_lora_targets(pipeline, args)
+    dopsd.place_for_training(pipeline, args, accelerator)
     if args.full:
         full.make_trainable(pipeline, args)
     else:
@@ -100,26 +158,31 @@ def main(args):
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     optimizer = full.make_full_optimizer(parameters, args)
     lr_scheduler = dopsd.make_lr_scheduler(optimizer, args)
+    optimizer = accelerator.prepare(optimizer)
     shift = shift_of(pipeline, instance[0], args.rollout_steps)
+    count = args.train_batch_size * args.gradient_accumulation_steps
     for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        with accelerator.autocast():
-            loss = flow_matching_loss(pipeline, *draw(*instance, args.train_batch_size, rng), rng, shift)
-            if args.class_prompt:
-                loss_prior = flow_matching_loss(pipeline, *draw(*prior, args.train_batch_size, rng), rng, shift)
-                loss = loss + args.prior_loss_weight * loss_prior
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
+        drawn = [(draw(*instance, count, rng, shift), 1.0)]
+        if args.class_prompt:
+            drawn.append((draw(*prior, count, rng, shift), args.prior_loss_weight))
+        for examples, weight in drawn:
+            for part in micro_batches(examples, args.train_batch_size):
+                with accelerator.autocast():
+                    loss = flow_matching_loss(pipeline, *part)
+                accelerator.backward(loss * weight / args.gradient_accumulation_steps)
+        accelerator.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.full:
-        args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
         full.save_pipeline(pipeline.transformer, family, args)
     else:
         dopsd.save_lora(pipeline, pipeline.transformer, targets, args)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except dopsd.InputError as error:
+        sys.exit(f"error: {error}")

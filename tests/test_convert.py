@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -87,6 +88,17 @@ def test_kohya_keys(base, layers, convert, alpha):
     folder = convert(tensors)
     assert_strength(base, folder, layers, (alpha or RANK) / RANK)
     assert not [key for key in load_file(folder / LORA) if "alpha" in key]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_file_has_the_permissions_of_the_umask(layers, convert, mask):
+    """A ComfyUI of another user could not read it."""
+    old = os.umask(mask)
+    try:
+        written = convert(peft_keys(layers), "--lora_alpha", "4") / LORA
+    finally:
+        os.umask(old)
+    assert written.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_half_precision_loses_no_strength(base, layers, convert):

@@ -1,12 +1,17 @@
 """The baseline script of examples/: what D-OPSD is compared with."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackend
 from safetensors.torch import load_file
 
+import train_dopsd_lora as dopsd
 from conftest import LORA, ROOT
 
 
@@ -15,27 +20,86 @@ sys.path.insert(0, str(ROOT / "examples"))
 import train_sft  # noqa: E402
 
 
-def run(flags, output_dir, **changes):
-    train_sft.main(train_sft.parse_args(flags(output_dir, **changes)))
-    return load_file(output_dir / LORA)
+@pytest.fixture
+def sft(base, images, tmp_path):
+    """Runs the baseline for some flags and returns its output folder."""
+
+    def run(name, *switches, **changes):
+        values = {"pretrained_model_name_or_path": base, "instance_data_dir": images, "resolution": 32, "max_train_steps": 2}
+        values |= {"learning_rate": 1e-2, "mixed_precision": "no", **({} if "--full" in switches else {"rank": 4}), **changes}
+        words = [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
+        AcceleratorState._reset_state(True)
+        train_sft.main(train_sft.parse_args([*words, *switches, "--output_dir", str(tmp_path / name)]))
+        return tmp_path / name
+
+    return run
 
 
-def test_sft_and_dreambooth_train_the_layers_that_dopsd_trains(flags, train, tmp_path):
+def test_sft_and_dreambooth_train_the_layers_that_dopsd_trains(sft, train, tmp_path):
     """The comparison would be between different LoRAs."""
     ours = load_file(train(tmp_path / "dopsd") / LORA)
-    sft = run(flags, tmp_path / "sft")
-    dreambooth = run(flags, tmp_path / "dreambooth", class_prompt="a square", num_class_images=2)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in sft.items()}
-    assert any((v != 0).any() for k, v in sft.items() if "lora_B" in k)
-    assert any(not torch.equal(sft[k], dreambooth[k]) for k in sft)
+    plain = load_file(sft("sft") / LORA)
+    dreambooth = load_file(sft("dreambooth", class_prompt="a square", num_class_images=2) / LORA)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in plain.items()}
+    assert any((v != 0).any() for k, v in plain.items() if "lora_B" in k)
+    assert any(not torch.equal(plain[k], dreambooth[k]) for k in plain)
 
 
-def test_full_sft_writes_a_pipeline(flags, base, tmp_path):
+def test_full_sft_writes_a_pipeline(sft, base):
     """The baseline of full fine-tuning trains all weights and is loaded as the result of D-OPSD is."""
-    train_sft.main(train_sft.parse_args(flags(tmp_path, "--full")))
-    trained = DiffusionPipeline.from_pretrained(tmp_path).transformer.state_dict()
+    trained = DiffusionPipeline.from_pretrained(sft("full", "--full")).transformer.state_dict()
     before = DiffusionPipeline.from_pretrained(base).transformer.state_dict()
     assert not any(torch.equal(w, before[n]) for n, w in trained.items() if n.endswith("to_q.weight"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--resume_from_checkpoint latest", "--push_to_hub", "--vlm_model_name_or_path vlm", "--ema_decay 0.9", "--validation_steps 1",
+     "--prior_prompts file", "--fused_backward_pass", "--stochastic_rounding", "--full --rank 8", "--full --quantization int8"],
+)  # fmt: skip
+def test_flags_that_would_do_nothing_are_refused(words, capsys):
+    """A baseline that is not what was asked for is not fair, and nothing would show it."""
+    needed = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "data", "--output_dir", "out"]
+    with pytest.raises(SystemExit):
+        train_sft.parse_args([*needed, *words.split()])
+    assert "unrecognized arguments: --" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_split_batch_trains_as_the_whole(sft):
+    """With half a batch and two micro-steps, a user with a small card compares another training."""
+    changes = {"optimizer": "adafactor", "class_prompt": "a square", "num_class_images": 2, "adam_weight_decay": 0.1}
+    whole = load_file(sft("whole", train_batch_size=2, **changes) / LORA)
+    split = load_file(sft("split", train_batch_size=1, gradient_accumulation_steps=2, **changes) / LORA)
+    other = load_file(sft("other", train_batch_size=1, **changes) / LORA)
+    for name, weight in whole.items():
+        torch.testing.assert_close(split[name], weight, rtol=1e-3, atol=1e-5)
+    assert max((other[n] - w).abs().max() for n, w in whole.items()) > 1e-3
+
+
+def test_means_of_saving_memory_are_honoured(sft, monkeypatch):
+    """They change memory and time alone, so only what is called shows that they work."""
+    seen, quantised, checkpoint = [], [], dopsd.checkpoint
+    monkeypatch.setattr(dopsd, "checkpoint", lambda block, *rest, **kwargs: seen.append(block) or checkpoint(block, *rest, **kwargs))
+    place = dopsd.place_for_training
+    monkeypatch.setattr(
+        dopsd, "place_for_training", lambda pipeline, *rest: quantised.append(pipeline.transformer.config.get("quantization_config"))
+        or place(pipeline, *rest)
+    )  # fmt: skip
+    changes = {"mixed_precision": "bf16", "quantization": "int8", "encoder_quantization": "int8", "attention_backend": "_native_math"}
+    folder = sft("out", "--gradient_checkpointing", checkpointed_blocks=0.5, max_train_steps=1, **changes)
+    AttentionBackend.set_active_backend(AttentionBackendName.NATIVE)
+    assert len(set(seen)) == 2 and quantised[0]  # of four blocks
+    assert all(torch.isfinite(weight).all() for weight in load_file(folder / LORA).values())
+
+
+def test_mistake_ends_in_one_line(tmp_path, subprocess_env, base):
+    """As in the training scripts: found before weights load, without a traceback."""
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, ROOT / "examples" / "train_sft.py", "--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "out"]
+    result = subprocess.run([*command, "--instance_data_dir", tmp_path / "empty"], env=subprocess_env, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and str(tmp_path / "empty") in last
 
 
 def test_flow_matching_loss_is_zero_for_the_true_velocity():
@@ -49,9 +113,11 @@ def test_flow_matching_loss_is_zero_for_the_true_velocity():
         def velocity(self, transformer, states, timestep, contexts):
             return (states - latents) / (timestep / 1000).view(-1, 1, 1, 1)
 
-    latents = torch.randn(16, 4, 8, 8)
-    loss = train_sft.flow_matching_loss(Exact(), latents, None, torch.Generator().manual_seed(0), shift=3.0)
-    assert loss < 1e-5
+    latents = torch.randn(1, 4, 8, 8).expand(16, -1, -1, -1)
+    examples = train_sft.draw(latents, [["caption"]] * 16, 16, torch.Generator().manual_seed(0), shift=3.0)
+    assert train_sft.flow_matching_loss(Exact(), *examples) < 1e-5
+    parts = train_sft.micro_batches(examples, 4)
+    assert len(parts) == 4 and torch.equal(torch.cat([part[0] for part in parts]), examples[0])
 
 
 def test_flow_matching_draws_times_from_the_schedule_of_inference(pipeline):

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from safetensors.torch import load_file
 
 import train_dopsd_full as script
-from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes
+from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes, save_base
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -150,9 +150,10 @@ def test_fsdp_equals_one_process(train_full, tmp_path, subprocess_env):
         train_full(tmp_path / "two", max_train_steps=4, train_batch_size=2, resume_from_checkpoint="latest", **changes)
 
 
-def test_8bit_adam_is_sharded_by_fsdp(train_full, tmp_path, subprocess_env):
+def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subprocess_env):
     """bitsandbytes' crashes at the first update, after hours of encoding; torchao's trains and resumes exactly."""
-    changes = {"optimizer": "adamw8bit", "rollout_steps": 1}
+    save_base(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
+    changes = {"optimizer": "adamw8bit", "rollout_steps": 1, "pretrained_model_name_or_path": tmp_path / "base"}
     environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml"), "TORCHDYNAMO_DISABLE": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
     for folder in ("whole", "part"):
@@ -163,6 +164,8 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tmp_path, subprocess_env):
     whole, part, before = (weights_of(tmp_path / name) for name in ("whole", "part", "part/checkpoint-2"))
     assert all(torch.equal(w, whole[n]) for n, w in part.items())
     assert max((w - before[n]).abs().max() for n, w in part.items()) > 1e-4
+    shards = (tmp_path / "whole" / "checkpoint-3").glob("optimizer*/*.distcp")
+    assert sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "checkpoint-3" / "transformer" / WEIGHTS).stat().st_size
 
 
 # ---------------------------------------------------------------------------------------------------------- optimisers

@@ -320,7 +320,9 @@ def test_latents_of_an_image_are_what_the_vae_decodes(pipeline):
 
 def test_baseline_trains_klein(train_klein, tmp_path):
     """Without SFT beside it, nobody sees what D-OPSD keeps."""
-    train_sft.main(train_sft.parse_args(train_klein.flags(tmp_path / "out", max_train_steps=2, learning_rate=0.1)))
+    dropped = ("vlm_model_name_or_path", "context_cache_dir", "ema_decay", "validation_steps", "report_to")
+    flags = train_klein.flags(tmp_path / "out", max_train_steps=2, learning_rate=0.1, **dict.fromkeys(dropped))
+    train_sft.main(train_sft.parse_args([*flags, "--class_prompt", "a disc", "--num_class_images", "1"]))
     weights = load_file(tmp_path / "out" / LORA)
     assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
 

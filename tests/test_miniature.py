@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import re
+import shlex
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +18,14 @@ from conftest import ROOT
 
 
 MINIATURE = ROOT / "examples" / "miniature"
-sys.path.insert(0, str(MINIATURE))
+sys.path[:0] = [str(MINIATURE), str(ROOT / "examples")]
+
+import domain  # noqa: E402
+import train_sft  # noqa: E402
 
 import compare  # noqa: E402
+import train_dopsd_full  # noqa: E402
+import train_dopsd_lora  # noqa: E402
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
@@ -159,3 +168,24 @@ def test_comparison_reports_the_best_rate_and_its_training_seeds(tmp_path, monke
     for name in CONCEPTS:
         assert f"| {name} | SFT | 0.001 | 60.0 ± 0.0 | 90.0 ± 0.0 |" in printed
         assert f"| {name} | SFT | 60, 50, 70 | 90, 90, 90 |" in printed
+
+
+def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch):
+    """A comparison of hours, or the demo, would stop at a flag that a script no longer takes."""
+    runs, settings = [], {"work_dir": tmp_path, "threads": torch.get_num_threads(), "steps": 120, "ema_decay": 0.999, "seed": 0}
+    for module in (train_sft, train_dopsd_lora):
+        monkeypatch.setattr(module, "main", lambda args, module=module: runs.append((module.__name__, args.max_train_steps)))
+    for model, methods in compare.METHODS.items():
+        for method in (*methods, "control"):
+            compare.train((method, "arrow", 1e-3, 0, types.SimpleNamespace(**settings, model=model)))
+    scripts = {"train_sft.py": train_sft, "train_dopsd_full.py": train_dopsd_full}
+    parse = lambda words, check: scripts[Path(words[1]).name].parse_args(words[2:])  # noqa: E731
+    monkeypatch.setattr(domain, "subprocess", types.SimpleNamespace(run=lambda *a, **k: runs.append(("full", parse(*a, **k).max_train_steps))))
+    for method in domain.PASSES:
+        domain.train(method, 1e-3, types.SimpleNamespace(**settings))
+    demo = re.findall(r"(train_\w+)\.py (.*)", subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "))
+    for script, words in demo:
+        module = train_sft if script == "train_sft" else train_dopsd_lora
+        module.main(module.parse_args(shlex.split(words.replace("$(( 6 * 60 ))", "360"))))
+    assert sorted(steps for name, steps in runs if name == "train_sft") == [360, 360, 720, 720]
+    assert [steps for name, steps in runs if name == "full"] == [120, 120, 720] and ("train_dopsd_lora", 60) in runs

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import types
 
@@ -171,6 +172,21 @@ def test_8bit_adam_has_8bit_states(train, tmp_path):
     states = {n: t for n, t in tensors.items() if n.endswith((".state1", ".state2"))}
     assert len(states) == 2 * 2 * 28
     assert {t.dtype for t in states.values() if t.numel() >= 4096} == {torch.uint8}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_permissions_of_the_umask(train_any, tmp_path, monkeypatch, mask):
+    """A ComfyUI of another user could not read the LoRA; and with a strict umask nobody else may."""
+    old = os.umask(mask)
+    assert train_any.module.UMASK == old  # that of the import
+    try:
+        monkeypatch.setattr(train_any.module, "UMASK", mask)
+        folder = train_any(tmp_path / "out", max_train_steps=1, validation_steps=1, num_validation_images=1, context_cache_dir=None)
+    finally:
+        os.umask(old)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert {"contexts", "checkpoint-1", "samples"} <= {p.relative_to(folder).parts[0] for p in files}
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in files} == {p.name: oct(0o666 & ~mask) for p in files}
 
 
 def test_learning_rate_warms_up(train_any, tmp_path, monkeypatch):

@@ -69,13 +69,13 @@ def train(job):
         data = HERE / "concepts" / name
         if method == "control":
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
-        flags = ["--pretrained_model_name_or_path", HERE / args.model, "--vlm_model_name_or_path", HERE / "vlm"]
+        flags = ["--pretrained_model_name_or_path", HERE / args.model, "--mixed_precision", "no"]
         flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
         flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", seed]
-        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--report_to", "none"]
-        flags += ["--lr_scheduler", "cosine", "--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
+        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--lr_scheduler", "cosine"]
         if method not in PASSES:
-            flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
+            flags += ["--vlm_model_name_or_path", HERE / "vlm", "--report_to", "none", "--checkpointing_steps", 100_000]
+            flags += ["--validation_steps", 0, "--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
         if method == "prior" or (args.model == "klein" and method not in PASSES):
             flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
         if "_" in method:

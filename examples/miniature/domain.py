@@ -50,16 +50,16 @@ def train(method, rate, args):
     folder = args.work_dir / f"{method.replace(' ', '_')}-{rate:g}"
     if (folder / "model_index.json").exists():
         return folder
-    flags = ["--pretrained_model_name_or_path", HERE / "model", "--vlm_model_name_or_path", HERE / "vlm"]
+    flags = ["--pretrained_model_name_or_path", HERE / "model", "--mixed_precision", "no"]
     flags += ["--instance_data_dir", args.work_dir / "data", "--output_dir", folder, "--resolution", world.RESOLUTION]
     flags += ["--train_batch_size", 8, "--learning_rate", rate, "--seed", args.seed, "--num_inference_steps", STEPS]
-    flags += ["--max_train_steps", args.steps * PASSES["D-OPSD"] // PASSES[method], "--report_to", "none"]
-    flags += ["--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
+    flags += ["--max_train_steps", args.steps * PASSES["D-OPSD"] // PASSES[method]]
     if method == "SFT":
         script = [ROOT / "examples" / "train_sft.py", "--full"]
     else:
         script = [ROOT / "train_dopsd_full.py", "--context_cache_dir", args.work_dir / "contexts"]
-        flags += ["--ema_decay", args.ema_decay]
+        flags += ["--vlm_model_name_or_path", HERE / "vlm", "--report_to", "none", "--checkpointing_steps", 100_000]
+        flags += ["--validation_steps", 0, "--ema_decay", args.ema_decay]
     if "prior" in method:
         flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
     subprocess.run([sys.executable, *map(str, script), *map(str, flags)], check=True)
