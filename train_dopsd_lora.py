@@ -14,16 +14,16 @@
 # limitations under the License.
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.7",
 #     "diffusers>=0.42.0",
-#     "transformers>=5.5",
+#     "transformers>=5.18",
 #     "peft>=0.18.0",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
-#     "huggingface_hub>=1.0",
-#     "safetensors>=0.5",
+#     "datasets>=4.6",
+#     "huggingface_hub>=1.32",
+#     "safetensors>=0.8",
 #     "Pillow>=10.1",
 #     "tensorboard",
 # ]
@@ -43,7 +43,6 @@ import datetime
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -52,8 +51,6 @@ import shlex
 import shutil
 import sys
 import time
-import unittest.mock
-import weakref
 from pathlib import Path
 
 import diffusers
@@ -104,8 +101,6 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -130,8 +125,6 @@ FIXED_ON_RESUME = {
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
     "encoder_quantization", "quantization",
 }  # fmt: skip
-# bytes of a weight, with its share of the scales
-QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
@@ -1373,95 +1366,6 @@ def make_lr_scheduler(optimizer, args):
     )
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is computed."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.sizes, self.bytes, self.peak = {}, 0, 0
-        for tensor in held:
-            self.count(tensor)
-        self.held = self.bytes
-
-    def count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.free, storage._cdata)
-
-    def free(self, key):
-        self.bytes -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            self.count(tensor)
-        return result
-
-
-def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention without a matrix of scores, as GPUs compute it; on the meta device PyTorch would make that matrix."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-
-def estimate_memory(pipeline, targets, batch, args, accelerator):
-    """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
-    gradients, optimiser) and of the `activations`. Two states of a step are run on the meta device: nothing is allocated.
-
-    Args:
-        pipeline: see `build_without_weights`; it is given the LoRA.
-        batch: of tensors on the meta device; see `make_batch`.
-    """
-    transformer = pipeline.transformer
-    frozen = list(transformer.parameters())
-    save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None, "compile_blocks": False}))
-    _, parameters = add_lora(pipeline, targets, args)
-    transformer.to(weight_dtype_of(args))  # autocast, which the meta device has not, computes so with the LoRA, too
-    half = parameters[0].element_size()
-    teacher = LoRATeacher(transformer, parameters, args.ema_decay)
-    with (
-        unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
-        PeakMemory([*transformer.parameters(), *teacher.shadow]) as memory,
-    ):
-        for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
-            loss.backward()
-    count = sum(p.numel() for p in parameters)
-    bytes_of = QUANTIZED_BYTES.get(args.quantization)
-    weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
-    away = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in offloaded_blocks(transformer, args)]
-    weights -= sum(away) - max(away, default=0)  # one at a time visits
-    # a quantised matrix is multiplied in half precision; torchao's stay so until the backward of their block
-    unpacked = 0
-    if args.quantization == "nf4":
-        unpacked = max(p.numel() for p in frozen)
-    elif args.quantization:
-        blocks = repeated_blocks(transformer)
-        unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return {
-        "weights": int(weights),
-        "lora": count * (3 * 4 + (2 if args.use_8bit_adam else 8)),
-        "activations": memory.peak - memory.held - half * count + 2 * unpacked,
-    }
-
-
-def first_batch(pipeline, dataset, cache, args):
-    """The first batch of the training, on the meta device."""
-    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
-    draws = draw_batch(layouts_of(dataset, args), args.train_batch_size, 0, 0, 1, args.seed)
-    return make_batch(pipeline, rows, cache, draws, [], args, "meta")
-
-
-def report_memory(estimate, savings, accelerator):
-    """Logs the bytes of an estimate, and warns with the first of `savings` if the GPU is too small for it."""
-    total, shares = sum(estimate.values()), ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
-    logger.info(f"Peak memory by calculation: {total / 2**30:.2f} GiB ({shares}).")
-    if accelerator.device.type == "cuda" and total > torch.cuda.get_device_properties(accelerator.device).total_memory:
-        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(savings[:3])}.")
-
-
 def lora_savings(args):
     """Flags that need less memory than `args`, those first that cost the least time and quality."""
     every = {
@@ -1603,15 +1507,12 @@ def main(args):
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         with accelerator.main_process_first():
             family, dataset, checkpoint, pairs = check_inputs(args)
-            planned = build_without_weights(family, args)
-            targets = find_lora_targets(planned, args)
+            targets = find_lora_targets(build_without_weights(family, args), args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     cache = ContextCache(args)
     with explain_out_of_memory(encoding_savings(args)):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
-    estimate = estimate_memory(planned, targets, first_batch(planned, dataset, cache, args), args, accelerator)
-    report_memory(estimate, lora_savings(args), accelerator)
 
     pipeline = load_for_training(family, args, quantization_config("transformer", args.quantization, diffusers))
     offload_blocks(offloaded_blocks(pipeline.transformer, args), accelerator.device)
