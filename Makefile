@@ -1,8 +1,10 @@
 # make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
+# make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own.
 # make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 DEMO := outputs/demo
 CONCEPT ?= arrow
 # 4 pictures a step and 12 transformer passes a picture; SFT has 2 passes, so it gets 6 times the steps
@@ -18,7 +20,7 @@ COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--seed 0
 
-.PHONY: demo test lint fix-copies
+.PHONY: demo test test-lowest lint fix-copies
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +41,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+# torch is that of constraints.txt: of its older releases, none was tried
+$(LOWEST)/.installed: requirements.txt constraints.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	(grep '^torch==' constraints.txt; sed '/^torch>/d; s/>=/==/' requirements.txt) > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt --requirement requirements.txt
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -q $(addprefix tests/test_,method.py contexts.py data.py output.py project.py bad_input.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

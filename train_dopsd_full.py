@@ -14,16 +14,16 @@
 # limitations under the License.
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.7",
 #     "torchao>=0.16",
 #     "diffusers>=0.42.0",
-#     "transformers>=5.5",
+#     "transformers>=5.18",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
-#     "huggingface_hub>=1.0",
-#     "safetensors>=0.5",
+#     "datasets>=4.6",
+#     "huggingface_hub>=1.32",
+#     "safetensors>=0.8",
 #     "Pillow>=10.1",
 #     "tensorboard",
 # ]
@@ -46,7 +46,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -57,8 +56,6 @@ import signal
 import sys
 import threading
 import time
-import unittest.mock
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +79,6 @@ from accelerate.utils import (
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -112,8 +108,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
@@ -1655,18 +1649,6 @@ def keep_dtype_of_norms(transformer):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 
-def build_without_weights(family, args):
-    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes alone."""
-    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    parts = {"transformer": family.transformer_class, "vae": family.vae_class}
-    with torch.device("meta"):
-        parts = {name: kind.from_config(kind.load_config(**base, subfolder=name)) for name, kind in parts.items()}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**base, subfolder="scheduler")
-    pipeline = family(scheduler, tokenizer=None, text_encoder=None, **parts)
-    pipeline.transformer.to(weight_dtype_of(args)).requires_grad_(False)
-    return pipeline
-
-
 def make_trainable(pipeline, args):
     """All weights of the transformer train: in fp32 under autocast, or in bf16 with stochastic rounding."""
     pipeline.transformer.requires_grad_(True).train()
@@ -1726,102 +1708,6 @@ def make_lr_scheduler(optimizer, args):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is computed."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.sizes, self.bytes, self.peak = {}, 0, 0
-        for tensor in held:
-            self.count(tensor)
-        self.held = self.bytes
-
-    def count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.free, storage._cdata)
-
-    def free(self, key):
-        self.bytes -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            self.count(tensor)
-        return result
-
-
-def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention without a matrix of scores, as GPUs compute it; on the meta device PyTorch would make that matrix."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-
-def optimizer_bytes(parameter, args):
-    """Bytes of the optimiser's states of one parameter."""
-    shape, count = parameter.shape, parameter.numel()
-    if args.optimizer == "adafactor":
-        return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
-    if args.optimizer == "prodigy":
-        return 4 * 4 * count
-    blocks = 2 * (count + 4 * math.ceil(count / 256))  # 8 bits each, and a scale in fp32 for every 256
-    if args.stochastic_rounding:  # torchao keeps what does not fill whole blocks in the dtype of the weights
-        return blocks if count >= 4096 and count % 256 == 0 else 2 * 2 * count
-    if args.optimizer == "adamw8bit":
-        return blocks if count >= 4096 else 2 * 4 * count
-    return 2 * 4 * count
-
-
-def held_bytes(parameters, args):
-    """Bytes on the accelerator of what full fine-tuning holds between and during steps, besides activations."""
-    count, largest = sum(p.numel() for p in parameters), max(p.numel() for p in parameters)
-    weight = 2 if args.stochastic_rounding else 4
-    compute = 4 if args.mixed_precision == "no" else 2
-    on_accelerator = 0 < args.ema_decay < 1 and args.ema_device == "accelerator"
-    return {
-        "weights": weight * count,
-        "gradients": weight * (largest if args.fused_backward_pass else count),
-        "optimizer": sum(optimizer_bytes(p, args) for p in parameters),
-        "teacher": 0 if args.ema_decay == 0 else count * (4 if on_accelerator else compute),
-    }
-
-
-def estimate_full_memory(pipeline, batch, args, accelerator):
-    """Peak bytes on the accelerator during training: those of `held_bytes` and of the `activations`. States of a step are run
-    on the meta device: nothing is allocated.
-
-    Args:
-        pipeline: see `build_without_weights`.
-        batch: of tensors on the meta device; see `make_batch`.
-    """
-    transformer = pipeline.transformer.requires_grad_(True)
-    parameters = list(transformer.parameters())
-    save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None, "compile_blocks": False}))
-    if args.fused_backward_pass:
-        fuse_updates(parameters, argparse.Namespace(step=lambda: None))
-    teacher = argparse.Namespace(network=lambda: contextlib.nullcontext(transformer))
-    with (
-        unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
-        PeakMemory(parameters) as memory,
-    ):
-        if args.fused_backward_pass:
-            sum(rollout_in_one_batch(pipeline, transformer, teacher, batch, args, accelerator)).backward()
-        else:  # the second state meets the gradients of the first
-            for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
-                loss.backward()
-    activations = memory.peak - memory.held - sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    if not args.stochastic_rounding and args.mixed_precision != "no":
-        # autocast's copies of the fp32 weights live until the backward of what they computed
-        blocks = repeated_blocks(transformer)
-        sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
-        recomputed = math.ceil(args.checkpointed_blocks * len(blocks)) if args.gradient_checkpointing else 0
-        activations += sum(p.nbytes for p in parameters) - sum(sizes[:recomputed]) + max([0, *sizes[:recomputed]])
-    return held_bytes(parameters, args) | {"activations": activations}
 
 
 def peak_memory_gib(device):
@@ -1937,21 +1823,6 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     STOP.training = False
 
 
-def first_batch(pipeline, dataset, cache, args):
-    """The first batch of the training, on the meta device."""
-    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
-    draws = draw_batch(layouts_of(dataset, args), args.train_batch_size, 0, 0, 1, args.seed)
-    return make_batch(pipeline, rows, cache, draws, [], args, "meta")
-
-
-def report_memory(estimate, savings, accelerator):
-    """Logs the bytes of an estimate, and warns with the first of `savings` if the GPU is too small for it."""
-    total, shares = sum(estimate.values()), ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
-    logger.info(f"Peak memory by calculation: {total / 2**30:.2f} GiB ({shares}).")
-    if accelerator.device.type == "cuda" and total > torch.cuda.get_device_properties(accelerator.device).total_memory:
-        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(savings[:3])}.")
-
-
 def full_savings(args):
     """Flags that need less memory than `args`, those first that cost the least time and quality."""
     every = {
@@ -2006,10 +1877,6 @@ def main(args):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
-    if accelerator.num_processes == 1:  # FSDP shares the weights out
-        planned = build_without_weights(family, args)
-        estimate = estimate_full_memory(planned, first_batch(planned, dataset, cache, args), args, accelerator)
-        report_memory(estimate, full_savings(args), accelerator)
 
     with explain_failures(full_savings(args)):
         pipeline = load_for_training(family, args)

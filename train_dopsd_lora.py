@@ -14,16 +14,16 @@
 # limitations under the License.
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.7",
 #     "diffusers>=0.42.0",
-#     "transformers>=5.5",
+#     "transformers>=5.18",
 #     "peft>=0.18.0",
 #     "accelerate>=1.10",
-#     "datasets>=4.0",
-#     "huggingface_hub>=1.0",
-#     "safetensors>=0.5",
+#     "datasets>=4.6",
+#     "huggingface_hub>=1.32",
+#     "safetensors>=0.8",
 #     "Pillow>=10.1",
 #     "tensorboard",
 # ]
@@ -45,7 +45,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -56,8 +55,6 @@ import signal
 import sys
 import threading
 import time
-import unittest.mock
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,8 +110,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
@@ -143,8 +138,6 @@ MAY_CHANGE = {
     "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
     "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
 }  # fmt: skip
-# bytes of a weight, with its share of the scales
-QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 # those of diffusers with a backward, and without code from the Hub
@@ -1688,95 +1681,6 @@ def make_lr_scheduler(optimizer, args):
     )
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is computed."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.sizes, self.bytes, self.peak = {}, 0, 0
-        for tensor in held:
-            self.count(tensor)
-        self.held = self.bytes
-
-    def count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.free, storage._cdata)
-
-    def free(self, key):
-        self.bytes -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            self.count(tensor)
-        return result
-
-
-def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention without a matrix of scores, as GPUs compute it; on the meta device PyTorch would make that matrix."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-
-def estimate_memory(pipeline, targets, batch, args, accelerator):
-    """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
-    gradients, optimiser) and of the `activations`. Two states of a step are run on the meta device: nothing is allocated.
-
-    Args:
-        pipeline: see `build_without_weights`; it is given the LoRA.
-        batch: of tensors on the meta device; see `make_batch`.
-    """
-    transformer = pipeline.transformer
-    frozen = list(transformer.parameters())
-    save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None, "compile_blocks": False}))
-    _, parameters = add_lora(pipeline, targets, args)
-    transformer.to(weight_dtype_of(args))  # autocast, which the meta device has not, computes so with the LoRA, too
-    half = parameters[0].element_size()
-    teacher = LoRATeacher(transformer, parameters, args.ema_decay)
-    with (
-        unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
-        PeakMemory([*transformer.parameters(), *teacher.shadow]) as memory,
-    ):
-        for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
-            loss.backward()
-    count = sum(p.numel() for p in parameters)
-    bytes_of = QUANTIZED_BYTES.get(args.quantization)
-    weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
-    away = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in offloaded_blocks(transformer, args)]
-    weights -= sum(away) - max(away, default=0)  # one at a time visits
-    # a quantised matrix is multiplied in half precision; torchao's stay so until the backward of their block
-    unpacked = 0
-    if args.quantization == "nf4":
-        unpacked = max(p.numel() for p in frozen)
-    elif args.quantization:
-        blocks = repeated_blocks(transformer)
-        unpacked = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return {
-        "weights": int(weights),
-        "lora": count * (3 * 4 + {"adamw8bit": 2, "adafactor": 0, "prodigy": 16}.get(args.optimizer, 8)),
-        "activations": memory.peak - memory.held - half * count + 2 * unpacked,
-    }
-
-
-def first_batch(pipeline, dataset, cache, args):
-    """The first batch of the training, on the meta device."""
-    rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
-    draws = draw_batch(layouts_of(dataset, args), args.train_batch_size, 0, 0, 1, args.seed)
-    return make_batch(pipeline, rows, cache, draws, [], args, "meta")
-
-
-def report_memory(estimate, savings, accelerator):
-    """Logs the bytes of an estimate, and warns with the first of `savings` if the GPU is too small for it."""
-    total, shares = sum(estimate.values()), ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.items())
-    logger.info(f"Peak memory by calculation: {total / 2**30:.2f} GiB ({shares}).")
-    if accelerator.device.type == "cuda" and total > torch.cuda.get_device_properties(accelerator.device).total_memory:
-        logger.warning(f"That is more than this GPU has. Cheapest remedies: {', '.join(savings[:3])}.")
-
-
 def lora_savings(args):
     """Flags that need less memory than `args`, those first that cost the least time and quality."""
     every = {
@@ -1919,16 +1823,13 @@ def main(args):
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
             family, dataset, pairs, cache, identity, state = check_inputs(args)
-            planned = build_without_weights(family, args)
-            targets = find_lora_targets(planned, args)
+            targets = find_lora_targets(build_without_weights(family, args), args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     with explain_failures(encoding_savings(args)):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
-    estimate = estimate_memory(planned, targets, first_batch(planned, dataset, cache, args), args, accelerator)
-    report_memory(estimate, lora_savings(args), accelerator)
 
     with explain_failures(lora_savings(args)):
         pipeline = load_for_training(family, args, quantization_config("transformer", args.quantization, diffusers))

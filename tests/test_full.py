@@ -267,7 +267,7 @@ def test_memory_table_is_what_torch_allocates(flags, tmp_path):
     held = sizes([p.grad for p in parameters if p.grad is not None])
     optimizer.step()
 
-    expected = script.held_bytes(shapes, args)
+    expected = memory.held_bytes(shapes, args)
     assert sizes(parameters) == pytest.approx(expected["weights"], rel=0.01)
     assert (held if held else max(gradients, default=0)) <= 1.01 * expected["gradients"]
     states = [t for s in optimizer.state.values() for t in flatten(s)]

@@ -1,8 +1,9 @@
 """What makes training fit a consumer's card: the estimate, quantised bases, selective checkpointing, the recipes."""
 
 import functools
-import logging
+import json
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch._dynamo.utils import counters
 import train_dopsd_full as full
 import train_dopsd_lora as script
 from conftest import LORA, ROOT, draw, patch_velocity, save_base
-from pipeline_dopsd import DOPSDZImagePipeline, family_of
+from pipeline_dopsd import DOPSDZImagePipeline
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -113,7 +114,7 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
         return DOPSDZImagePipeline(scheduler, None, None, None, transformer), batch
 
     accelerator = full.make_accelerator(args)
-    estimate = full.estimate_full_memory(*build("meta"), args, accelerator)
+    estimate = memory.full_bytes(*build("meta"), args)
 
     pipeline, batch = build("cpu")
     full.save_memory_and_time(pipeline.transformer, args)
@@ -131,15 +132,6 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
 
     measured = step_cost.peak_bytes(step, torch.device("cpu"))
     assert estimate["activations"] + estimate["gradients"] == pytest.approx(measured, rel=0.1)
-
-
-@pytest.mark.parametrize("script_of", ["train", "train_full"])
-def test_start_shows_the_estimate(script_of, request, tmp_path, caplog):
-    """A user learns in the first seconds of a run, not after an hour of encoding the next day, what it will take."""
-    with caplog.at_level(logging.INFO):
-        request.getfixturevalue(script_of)(tmp_path / "out", max_train_steps=1, rollout_steps=1)
-    messages = [r.getMessage() for r in caplog.records]
-    assert any("Peak memory by calculation: 0.0" in m and "activations" in m for m in messages)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -286,6 +278,106 @@ def test_recipe_for_the_card(monkeypatch, capsys, gpu_gib, chosen):
     assert rows[5].endswith(f"z_image_turbo_{chosen}.sh" if chosen else "none of these")
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [("lora --recipe z_image_turbo_12gb", "none of these"), ("full", "none of these"), ("encoders", "none of these"),
+     ("command {script} {flags}", "Cheapest remedies: --gradient_checkpointing")],
+)  # fmt: skip
+def test_cuda_itself_is_counted_for_every_table(monkeypatch, capsys, tmp_path, flags, shown):
+    """What fills a card to the last byte by calculation does not run on it."""
+    for name in ("lora_bytes", "full_bytes"):
+        monkeypatch.setattr(memory, name, lambda *args: {"weights": 10 * 2**30, "activations": 0})
+    monkeypatch.setattr(memory, "encoder_bytes", lambda *args: 10 * 2**30)
+    monkeypatch.setattr(memory, "planned", lambda *args: (SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None))
+    monkeypatch.setattr(memory, "planned_from_configs", lambda args: (None, None))
+    words = {"script": "train_dopsd_full.py", "flags": f"--pretrained_model_name_or_path x --dataset_name x --output_dir {tmp_path}"}
+    for gpu_gib, fitting in ((10 + memory.CUDA_GIB - 0.1, False), (10 + memory.CUDA_GIB, True)):
+        run_memory(monkeypatch, f"{flags.format(**words)} --gpu_gib {gpu_gib}")
+        assert (shown in capsys.readouterr().out) != fitting
+
+
+def run_memory(monkeypatch, line):
+    monkeypatch.setattr(sys, "argv", ["memory.py", *line.split()])
+    memory.main()
+
+
+@pytest.fixture
+def small_recipe(monkeypatch, base, tmp_path):
+    """The recipe for Z-Image-Turbo on 24 GB, of the tests' tiny model; returns the flags of its command."""
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    base = tmp_path / "base"
+    vae = json.loads((base / "vae" / "config.json").read_text())  # eight pixels for a latent, as in the real models
+    vae |= {name: 4 * vae[name][:1] for name in ("block_out_channels", "down_block_types", "up_block_types")}
+    (base / "vae" / "config.json").write_text(json.dumps(vae))
+    config = {n: v for n, v in DOPSDZImagePipeline.transformer_class.load_config(base, subfolder="transformer").items() if n[0] != "_"}
+    monkeypatch.setitem(memory.MODELS, "z_image_turbo", ("tiny", DOPSDZImagePipeline, config, None))
+    monkeypatch.setattr(memory, "TEXT_TOKENS", 20)
+    text = (memory.RECIPES / "z_image_turbo_24gb.sh").read_text().replace("Tongyi-MAI/Z-Image-Turbo", str(base))
+    (tmp_path / "z_image_turbo_24gb.sh").write_text(text)
+    monkeypatch.setattr(memory, "RECIPES", tmp_path)
+    command = text.split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ")
+    return command.replace('"$images"', "images").replace('"$output"', str(tmp_path / "out")).replace('"$@"', "").strip()
+
+
+def peaks_of(table):
+    """The bytes by kind in the last row of a table, in GiB."""
+    row = [line for line in table.splitlines() if line.startswith("| ")][-1]
+    return [float(cell) for cell in row.strip("| ").split(" | ")[-4:]]
+
+
+@pytest.mark.parametrize("more", ["--resolution 512", "--resolution 512 --train_batch_size 2", "--resolution 256 --mixed_precision no"])
+def test_command_and_recipe_agree(monkeypatch, capsys, small_recipe, tmp_path, more):
+    """Two answers to one question; and a command must be answered from configs alone, without data, and write nothing."""
+    monkeypatch.setattr(memory, "CUDA_GIB", 0.0)
+    scale = memory.lora_bytes
+    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in scale(*args).items()})  # GiB with digits
+    run_memory(monkeypatch, f"lora {more}")
+    by_recipe = peaks_of(capsys.readouterr().out)
+    run_memory(monkeypatch, f"command train_dopsd_lora.py {small_recipe} {more} --gpu_gib 1000")
+    text = capsys.readouterr().out
+    assert by_recipe == pytest.approx(peaks_of(text), abs=0.06) and by_recipe[-1] > 1
+    assert "It fits 1000.0 GiB" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "more"),
+    [("z_image_turbo", "--resolution 512", "--resolution 768"), ("z_image_turbo", "", "--teacher_max_pixels 1000000"),
+     ("z_image_turbo", "", "--train_batch_size 2"), ("flux2_klein_4b", "", "--teacher_context edit"),
+     ("flux2_klein_4b", "--teacher_context edit", "--reference_column reference")],
+)  # fmt: skip
+def test_flags_that_need_more_change_the_batch(tmp_path, model, flags, more):
+    """A flag that is taken and not counted gives the figure of another run."""
+    sizes = []
+    for line in (flags, f"{flags} {more}"):
+        args = memory.recipe_args(memory.RECIPES / f"{model}_24gb.sh", line.split())
+        _, (noise, *contexts) = memory.planned(model, args)
+        sizes.append(noise.numel() + sum(t.numel() for several in contexts for context in several for t in context.values()))
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("full --rank 8", "only lora and command take further flags"),
+        ("encoders --recipe z_image_turbo_24gb", "--recipe goes with lora alone"),
+        ("lora --recipe nothing", "--recipe nothing is none of"),
+        ("lora --recipe z_image_turbo_24gb --compile_blocks", "--compile_blocks"),
+        ("lora --recipe z_image_turbo_24gb --attention_backend _native_math", "--attention_backend _native_math"),
+        ("lora --recipe z_image_turbo_24gb --resolution 1000", "--resolution 1000 must be a multiple of 16"),
+        ("lora --recipe z_image_turbo_24gb --pretrained_model_name_or_path mine", "memory.py command"),
+        ("lora --recipe z_image_turbo_24gb --teacher_context edit", "--teacher_context edit"),
+        ("lora --recipe z_image_turbo_16gb --mixed_precision fp16", "--quantization"),
+        ("lora --recipe flux2_klein_4b_24gb --teacher_max_pixels 1000000", "--teacher_max_pixels"),
+        ("command other.py", "train_dopsd_lora.py"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_calculated_is_refused(monkeypatch, capsys, line, message):
+    """The figure of another run, in silence, ends in a card that is too small."""
+    with pytest.raises(SystemExit) as caught:
+        run_memory(monkeypatch, line)
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
 def test_out_of_memory_names_flags_that_help(train_any, tmp_path, monkeypatch):
     """PyTorch's message has addresses and a link, and no flag of this script."""
 
@@ -336,6 +428,11 @@ def test_recipes_fit_their_cards(path, tmp_path):
     assert args.resolution == 1024
     name = path.stem.rsplit("_", 1)[0]
     assert args.pretrained_model_name_or_path.endswith(memory.MODELS[name][0])
+    card = int(path.stem.rsplit("_", 1)[1].removesuffix("gb"))
+    if name == "flux2_klein_9b":  # the others leave gigabytes
+        resolved = memory.recipe_args(path)
+        assert memory.fits(sum(memory.lora_bytes(*memory.planned(name, resolved), resolved).values()), card)
+    assert memory.fits(memory.encoder_bytes(memory.MODELS[name][3], args.encoder_quantization), card)
     # what the shell makes of the file is the command that was read from it
     (tmp_path / "accelerate").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "accelerate").chmod(0o755)
@@ -354,15 +451,25 @@ def test_recipes_fit_their_cards(path, tmp_path):
     }  # fmt: skip
 
 
-def test_estimate_needs_no_weights(base, tokenizer, flags, tmp_path):
+@pytest.mark.parametrize("path", sorted(memory.RECIPES.glob("*.sh")), ids=lambda path: path.stem)
+def test_recipe_without_arguments_says_how_to_use_it(path):
+    """The shell's own message is about a number that cannot be shifted."""
+    run = subprocess.run(["sh", path, "my_images"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"usage: sh {path} ") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script_of", [script, full], ids=["lora", "full"])
+def test_command_needs_no_weights(base, tokenizer, flags, tmp_path, script_of, monkeypatch, capsys):
     """With configs alone the largest model is estimated on the smallest machine."""
     folder = tmp_path / "configs"
     save_base(folder, tokenizer)
     for file in folder.rglob("*.safetensors"):
         file.unlink()
-    args = script.parse_args(flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4))
-    pipeline = script.build_without_weights(family_of(str(folder)), args)
-    assert pipeline.transformer.device.type == "meta" and script.find_lora_targets(pipeline, args)
+    words = flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4 if script_of is script else None)
+    monkeypatch.setattr(memory, "TEXT_TOKENS", 20)
+    memory.print_command(SimpleNamespace(gpu_gib=None), [f"{script_of.__name__}.py", *words])
+    assert "peak, GiB" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_while_encoding_names_flags_that_help(train_any, tmp_path, monkeypatch):

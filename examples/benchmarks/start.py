@@ -41,9 +41,8 @@ def make_dataset(rows, folder):
 # steps of train_dopsd_lora.main, in its order
 STEPS = {
     "make_accelerator": "accelerator", "check_inputs": "dataset and checks", "build_without_weights": "model on the meta device",
-    "encode_contexts": "contexts", "first_batch": "first batch", "estimate_memory": "estimate of memory",
-    "load_for_training": "weights", "place_for_training": "to the device", "add_lora": "LoRA", "make_optimizer": "optimiser",
-    "backward_each_state": "rollout and backward",
+    "encode_contexts": "contexts", "load_for_training": "weights", "place_for_training": "to the device", "add_lora": "LoRA",
+    "make_optimizer": "optimiser", "backward_each_state": "rollout and backward",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # A LoRA for FLUX.2-klein-4B at 1024 x 1024 on a card of 16 GB: sh flux2_klein_4b_16gb.sh my_images my_lora [more flags]
 set -e
+[ $# -ge 2 ] || { echo "usage: sh $0 IMAGES_DIR OUTPUT_DIR [more flags of train_dopsd_lora.py]" >&2; exit 2; }
 images=$1 output=$2
 shift 2
 exec accelerate launch "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-4B \
