@@ -329,8 +329,8 @@ def peaks_of(table):
 def test_command_and_recipe_agree(monkeypatch, capsys, small_recipe, tmp_path, more):
     """Two answers to one question; and a command must be answered from configs alone, without data, and write nothing."""
     monkeypatch.setattr(memory, "CUDA_GIB", 0.0)
-    scale = memory.lora_bytes
-    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in scale(*args).items()})  # GiB with digits
+    exact = memory.lora_bytes
+    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})  # GiB with digits
     run_memory(monkeypatch, f"lora {more}")
     by_recipe = peaks_of(capsys.readouterr().out)
     run_memory(monkeypatch, f"command train_dopsd_lora.py {small_recipe} {more} --gpu_gib 1000")
@@ -339,9 +339,20 @@ def test_command_and_recipe_agree(monkeypatch, capsys, small_recipe, tmp_path, m
     assert "It fits 1000.0 GiB" in text and not (tmp_path / "out").exists()
 
 
+def test_resolution_changes_the_figures(monkeypatch, capsys, small_recipe):
+    """A user who lowers it, so that his card will do, must see what that brings."""
+    exact, seen = memory.lora_bytes, []
+    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})  # GiB with digits
+    for resolution in (256, 512):  # the teacher's context stays what it is
+        run_memory(monkeypatch, f"lora --teacher_max_pixels 65536 --resolution {resolution}")
+        seen.append(peaks_of(capsys.readouterr().out))
+    (*held, small, _), (*same, large, _) = seen
+    assert held == same and 3 < large / small < 5
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "more"),
-    [("z_image_turbo", "--resolution 512", "--resolution 768"), ("z_image_turbo", "", "--teacher_max_pixels 1000000"),
+    [("z_image_turbo", "--resolution 512 --teacher_max_pixels 65536", "--resolution 768"), ("z_image_turbo", "", "--teacher_max_pixels 1000000"),
      ("z_image_turbo", "", "--train_batch_size 2"), ("flux2_klein_4b", "", "--teacher_context edit"),
      ("flux2_klein_4b", "--teacher_context edit", "--reference_column reference")],
 )  # fmt: skip
