@@ -130,6 +130,24 @@ FIXED_ON_RESUME = {
     "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
     "encoder_quantization", "quantization",
 }  # fmt: skip
+# when flags would have no effect: in words, as a function of the arguments, and which flags
+IDLE_FLAGS = [
+    ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
+    ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
+    ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
+    ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
+    ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
+    ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
+    ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
+    ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
+    ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
+    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
+    ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
+    # the last three are of one script
+    ("with --optimizer adafactor", lambda a: getattr(a, "optimizer", None) == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+    ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
+    ("without --ema_device cpu", lambda a: getattr(a, "ema_device", None) != "cpu", ["ema_refresh_steps"]),
+]
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
@@ -150,6 +168,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Ends with one line for a wrong flag, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split()).removeprefix('argument ')}\n")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """Type of a flag that takes a finite `kind` between `low` and `high`, which are in the range, or `above` and `below`, which are not."""
+    ends = {"at least": low, "above": above, "at most": high, "below": below}
+    words = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and above < value < below):  # also true for NaN
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {words}, not {text}")
+        return value
+
+    return parse
+
+
 def add_model_arguments(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
@@ -157,7 +199,7 @@ def add_model_arguments(parser):
     add("--variant", help="Variant of the base's weight files, for example fp16.")
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
         "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
-    add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
+    add("--teacher_max_pixels", type=number(int, low=1), help="Area above which images are scaled down for the VLM; fewer pixels give a "
         "shorter teacher context. Default: the family's.")
     add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold the text encoder, and so the VLM's language model, in 4 bits (nf4: "
         "bitsandbytes) or 8 bits (int8, fp8: torchao) while contexts are encoded.")  # fmt: skip
@@ -173,66 +215,66 @@ def add_data_arguments(parser):
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
     add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
-    add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
+    add("--resolution", type=number(int, low=1), default=1024, help="Side of a square image. Others are trained in buckets of the same "
         "area and the nearest aspect ratio.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
 
 
 def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
-    add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
-    add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
+    add("--rollout_steps", type=number(int, low=1), default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--num_inference_steps", type=number(int, low=1), help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
     add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
         "VLM. edit: as a reference image of the transformer (FLUX.2). Default: vlm.")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
     add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
         "image itself, or the next one of the set, which guards against copying.")
-    add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
+    add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--prior_prompts", help="Text file with a prompt on each line that the model is to go on drawing as it does: some "
         "batches are rollouts on them, with a teacher that sees no image.")
-    add("--prior_every", type=int, default=3, help="Every so many batches, one is of --prior_prompts.")
+    add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
 
 
 def add_training_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
-    add("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
-    add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    add("--train_batch_size", type=number(int, low=1), default=1, help="Images per process and micro-step.")
+    add("--gradient_accumulation_steps", type=number(int, low=1), default=1, help="Micro-steps per optimisation step.")
+    add("--max_train_steps", type=number(int, low=1), default=1000, help="Optimisation steps.")
+    add("--learning_rate", type=number(float, above=0), default=1e-4, help="Peak learning rate.")
     add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         help="Learning rate over the steps.")
-    add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
+    add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps over which it rises from zero.")
+    add("--lr_num_cycles", type=number(int, low=1), default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=number(float, above=0), default=1.0, help="Power of the polynomial scheduler.")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
-    add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
-    add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
-    add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator.")
-    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
+    add("--adam_beta1", type=number(float, low=0, below=1), default=0.9, help="Decay of AdamW's mean of gradients.")
+    add("--adam_beta2", type=number(float, low=0, below=1), default=0.999, help="Decay of its mean of squares.")
+    add("--adam_weight_decay", type=number(float, low=0), default=0.0, help="Decoupled weight decay.")
+    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="Added to the denominator.")
+    add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
-    add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
+    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
     add("--attention_backend", metavar="NAME", choices=[b.value for b in AttentionBackendName if "sage" not in b.value],
         help="Attention of diffusers, for example flash; those without a backward are left out. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
-    add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
 
 
 def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
-    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
+    add("--checkpointing_steps", type=number(int, low=1), default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=number(int, low=1), help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture; the teacher sees a training image with "
         "each. Default: training captions.")
-    add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
-    add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--num_validation_images", type=number(int, low=1), default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
@@ -240,18 +282,18 @@ def add_output_arguments(parser):
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
     add("--hub_token", help="Token to push with. Default: HF_TOKEN or that of the Hub login, which no command line shows.")
-    add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
+    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds without an answer after which a request of the push fails. Some "
         "are tried six times.")  # fmt: skip
 
 
 def add_lora_arguments(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=int, default=64, help="Width of the LoRA's matrices.")
-    add("--lora_alpha", type=int, help="Strength is alpha / rank. Default: the rank.")
+    add("--rank", type=number(int, low=1), default=64, help="Width of the LoRA's matrices.")
+    add("--lora_alpha", type=number(int, low=1), help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
     add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
         "bitsandbytes) or 8 bits (int8, fp8: torchao). Use it with --gradient_checkpointing.")
-    add("--offloaded_blocks", type=float, default=0.0, help="Share of the blocks whose frozen weights stay in the computer's memory and "
+    add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks whose frozen weights stay in the computer's memory and "
         "visit the GPU in their turn: less memory, slower. Needs --gradient_checkpointing.")
     add("--lora_layers", help="Endings or beginnings of layer names, with commas: to_q, or context_refiner. Default: "
         "attention and feed-forward of all blocks.")
@@ -261,20 +303,10 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
-    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
-                 "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
-        if getattr(args, name, 1) < 1:  # the last two are of one script each
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0.0 <= args.ema_decay <= 1.0:
-        parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
-    if not 0.0 < args.checkpointed_blocks <= 1.0:
-        parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
-    if args.prior_every < 2:
-        parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
-    if args.hub_push_checkpoints and not args.push_to_hub:
-        parser.error("--hub_push_checkpoints needs --push_to_hub")
-    if args.hub_timeout <= 0:
-        parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
+    for when, idle, names in IDLE_FLAGS:
+        for name in names:
+            if getattr(args, name, None) != parser.get_default(name) and idle(args):
+                parser.error(f"--{name} has no effect {when}")
     args.hub_token = (args.hub_token or "").strip() or None
     if args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
@@ -282,7 +314,7 @@ def check_arguments(parser, args):
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_dopsd_arguments(parser)
@@ -1639,8 +1671,13 @@ def main(args):
     accelerator.end_training()
 
 
-if __name__ == "__main__":
+def run(main, parse_args, input_args=None):
+    """Runs a script with its command line; a mistake of the user ends it with one line and exit code 1."""
     try:
-        main(parse_args())
+        main(parse_args(input_args))
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
