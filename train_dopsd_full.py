@@ -40,6 +40,7 @@ the student that also sees the training image, predicts the velocity at the same
 import argparse
 import contextlib
 import copy
+import csv
 import datetime
 import functools
 import hashlib
@@ -72,7 +73,7 @@ from accelerate.utils import (
     fsdp2_prepare_model,
     set_seed,
 )
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -87,18 +88,21 @@ from diffusers.training_utils import (
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
 from huggingface_hub import (
     CommitOperationAdd,
+    HfApi,
     ModelCard,
     ModelCardData,
     create_commit,
     create_repo,
     get_session,
     hf_hub_download,
+    is_offline_mode,
     model_info,
     save_torch_state_dict,
     set_client_factory,
     snapshot_download,
+    try_to_load_from_cache,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
@@ -118,6 +122,7 @@ check_min_version("0.42.0")
 
 logger = get_logger(__name__)
 
+METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "trainer_state.json"
@@ -337,46 +342,154 @@ def parse_args(input_args=None):
 
 
 # --------------------------------------------------------------------------------------------------------------- data
-def read_folder(folder, instance_prompt):
-    """Dataset with `image` and `captions` of a folder whose captions are NAME.txt files or `instance_prompt`.
+@contextlib.contextmanager
+def blamed_on(what):
+    """Within: an error of a library becomes a ValueError of one sentence that begins with `what`, a flag or a file."""
+    try:
+        yield
+    except Exception as error:  # of any kind: libraries raise what their own dependencies do
+        cause = error
+        while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
+            cause = cause.__cause__ or cause.__context__
+        kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
+        raise ValueError(f"{what}: {kind}{cause}") from error
+
+
+def read_folder(folder, args):
+    """Dataset with `image` (undecoded), `captions` and, with --reference_column, `references` of a folder of images.
 
     Raises:
-        ValueError: no images, an image without caption, or a caption file without image.
+        ValueError: no images, an image without caption, or a caption without image; the message names the file and the line.
     """
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    stems = {p.stem for p in images}
-    for path in files:
-        if path.suffix == ".txt" and path.stem not in stems:
-            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
-    if not images:
-        raise ValueError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    captions = []
-    for path in images:
-        text = path.with_suffix(".txt")
-        lines = read_lines(text) if text.exists() else [instance_prompt]
-        if not any(lines):
-            raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
-        captions.append(lines)
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
+    if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
+        raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
+    rows, used = rows_of_metadata(metadata[0], args) if metadata else rows_of_texts(folder, files, args)
+    others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
+    if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
+        logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
     # the size and time of each file make the cache of `inspect_images` a cache of these very images
-    stamps = [[p.stat().st_size, p.stat().st_mtime_ns] for p in images]
-    rows = {"image": [str(p) for p in images], "captions": captions, "stamp": stamps}
-    return Dataset.from_generator(columns_to_rows, gen_kwargs={"columns": rows}).remove_columns("stamp")
+    for row in rows:
+        stats = [os.stat(path) for path in [row["image"], *row.get("references", [])]]
+        row["stamp"] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+    features = {"image": ImageFeature(decode=False), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
+    if args.reference_column:
+        features["references"] = ListFeature(ImageFeature(decode=False))
+    return Dataset.from_generator(each, gen_kwargs={"rows": rows}, features=Features(features)).remove_columns("stamp")
+
+
+def each(rows):
+    """A generator, because datasets caches on disk what a generator gave."""
+    yield from rows
+
+
+def rows_of_texts(folder, files, args):
+    """Rows of `read_folder` whose captions are NAME.txt beside each image or --instance_prompt, and the files that they use."""
+    for name, default in {"image_column": "image", "caption_column": "text", "reference_column": None}.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} needs {' or '.join(METADATA_NAMES)} in {folder}, or --dataset_name.")
+    images = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}
+    if not images:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"--instance_data_dir {folder} holds no images ({suffixes}); folders in it are not looked into.")
+    stems, texts = set(images.values()), {}
+    for path in files:
+        if path.suffix.lower() == ".txt":
+            if path.stem not in stems:
+                raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+            if texts.setdefault(path.stem, path) != path:
+                raise ValueError(f"{path}: {texts[path.stem].name} is a caption file of the same image; remove one of them.")
+    rows = []
+    for path, stem in images.items():
+        if not path.is_file():
+            raise ValueError(f"{path} is no file that can be read, but perhaps a link to nothing; remove it.")
+        lines = read_lines(texts[stem]) if stem in texts else [args.instance_prompt]
+        if not any(lines):
+            raise ValueError(f"{path} has no caption: write {stem}.txt beside it or give --instance_prompt.")
+        rows.append({"image": str(path), "captions": lines})
+    return rows, {*images, *texts.values()}
+
+
+def read_metadata(file):
+    """The rows of metadata.jsonl or metadata.csv, each with the place where it stands. Raises ValueError for what is neither."""
+    with blamed_on(file):
+        text = file.read_text("utf-8-sig")
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text))
+        with blamed_on(file):
+            return [(f"{file}, line {reader.line_num}", row) for row in reader]
+    rows = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for i, (place, line) in enumerate(rows):
+        with blamed_on(f"{place} is no JSON"):
+            rows[i] = (place, json.loads(line))
+        if not isinstance(rows[i][1], dict):
+            raise ValueError(f"{place} is no JSON object with a file_name.")
+    return rows
+
+
+def rows_of_metadata(file, args):
+    """As `rows_of_texts`, of the rows of metadata.jsonl or metadata.csv."""
+    found, places, rows, caption = read_metadata(file), {}, [], args.caption_column
+    names = {str(name) for _, row in found for name in row}
+    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in sorted(names)}
+    if args.image_column not in columns:
+        raise ValueError(f"{file} has no column {'file_name' if args.image_column == 'image' else f'{args.image_column}_file_name'}.")
+    check_columns(columns, args)
+
+    def path_of(name, place):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{place} names no image.")
+        path = Path(os.path.normpath(file.parent / name))
+        if not path.is_relative_to(os.path.normpath(file.parent)):
+            raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
+        if not path.is_file():
+            raise ValueError(f"{place}: there is no file {path}.")
+        return path
+
+    for place, row in found:
+        if None in row:
+            raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
+        path = path_of(row.get(columns[args.image_column]), place)
+        if places.setdefault(path, place) != place:
+            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
+        rows.append({"image": str(path), "captions": captions_of(row.get(caption), place, caption, args.instance_prompt)})
+        if args.reference_column:
+            references = row.get(columns[args.reference_column]) or []
+            references = references if isinstance(references, list) else [references]
+            rows[-1]["references"] = [str(path_of(name, place)) for name in references]
+    return rows, {file, *places, *(Path(path) for row in rows for path in row.get("references", []))}
+
+
+def check_columns(columns, args):
+    """Raises ValueError for a flag that names none of the `columns` of a dataset."""
+    for name in ("image_column", "caption_column", "reference_column"):
+        column = getattr(args, name)
+        if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
+            more = "; name the column, or give --instance_prompt" if name == "caption_column" else ""
+            raise ValueError(f"--{name} {column!r} is none of the columns {', '.join(sorted(columns))}{more}.")
+
+
+def captions_of(value, place, column, instance_prompt):
+    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text, or something else."""
+    captions = [value] if value is None or isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption and no list of captions.")
+    captions = [c for c in captions if c and c.strip()] or [instance_prompt]
+    if not captions[0]:
+        raise ValueError(f"{place} has no caption; add one or give --instance_prompt.")
+    with blamed_on(place):
+        "".join(captions).encode()  # half a pair of surrogates is no text
+    return captions
 
 
 def read_lines(path, name=None):
     """The lines of a text file, without blank ones. Raises ValueError where it cannot be read."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # not at other characters, as splitlines() would
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name or path} is no text file in UTF-8 that can be read ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def columns_to_rows(columns):
-    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values))
 
 
 def read_dataset(args):
@@ -385,45 +498,58 @@ def read_dataset(args):
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
     """
-    folder = Path(args.instance_data_dir) if args.instance_data_dir else None
-    if folder and not folder.is_dir():
+    source = "instance_data_dir" if args.instance_data_dir else "dataset_name"
+    folder = Path(getattr(args, source))
+    if source == "instance_data_dir" and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
-    if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
-        if args.reference_column:
-            raise ValueError(f"--reference_column needs metadata.jsonl or metadata.csv in {folder}, or --dataset_name.")
-        return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
-    if folder:
-        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
-    else:
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if source == "instance_data_dir" or any(name in METADATA_NAMES for name in names):
+        return read_folder(folder, args)
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        raise ValueError(f"--dataset_name {folder} is a folder of images: give it as --instance_data_dir.")
+    check_source("dataset_name", args.dataset_name, repo_type="dataset")
+    with blamed_on(f"--dataset_name {args.dataset_name}"):
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
-    if args.image_column not in dataset.column_names:
-        raise ValueError(f"--image_column {args.image_column!r} is none of the columns {dataset.column_names}.")
-    if args.caption_column not in dataset.column_names and not args.instance_prompt:
-        raise ValueError(
-            f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
-            "name the column, or give --instance_prompt."
-        )
-    if args.reference_column and args.reference_column not in dataset.column_names:
-        raise ValueError(f"--reference_column {args.reference_column!r} is none of the columns {dataset.column_names}.")
-
-    def captions_of(row, index):
-        captions = row.get(args.caption_column) or args.instance_prompt
-        captions = [c for c in ([captions] if isinstance(captions, str) else captions or []) if c and c.strip()]
-        if not captions:
-            raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
-        return {"captions": captions}
-
+    if not len(dataset):
+        raise ValueError(f"--dataset_name {args.dataset_name} holds no rows.")
+    check_columns(dataset.column_names, args)
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
+    feature = ImageFeature(decode=False)
     for column in pictures:
         several = isinstance(dataset.features[column], ListFeature)
-        feature = ImageFeature(decode=False)
-        dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+        with blamed_on(f"--dataset_name {args.dataset_name}: column {column} holds no images"):
+            dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
     # columns are worked on apart, so that no image is copied into the cache
-    texts = dataset.remove_columns(list(pictures))
-    texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
     images = dataset.select_columns(list(pictures))
     images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
+    name, column, prompt = args.dataset_name, args.caption_column, args.instance_prompt
+    if column not in dataset.column_names:
+        return images.add_column("captions", [[prompt]] * len(images))
+
+    def read_captions(row, index):  # knows no other arguments: what it gave is cached for others, too
+        return {"captions": captions_of(row[column], f"Row {index} of {name}", column, prompt)}
+
+    texts = dataset.select_columns(column)
+    texts = texts.map(read_captions, with_indices=True, remove_columns=texts.column_names, desc="captions")
     return concatenate_datasets([images, texts], axis=1)
+
+
+def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
+    """Raises ValueError for a `name` that is neither a file or folder nor a repository that the Hub's cache has or the Hub, asked
+    once: the libraries ask six times, and then tell another story."""
+    if os.path.exists(name):
+        return
+    try:
+        validate_repo_id(name)
+        cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
+        if not cached and not is_offline_mode():
+            HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
+    except HFValidationError as error:
+        raise ValueError(f"--{flag} {name} is no folder, and no repository can have that name.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"--{flag} {name} is no folder, and there is no such {repo_type} on the Hub, or it is private: log in.") from error
+    except Exception as error:  # of the network
+        raise ValueError(f"--{flag} {name} is no folder, and the Hub did not answer ({error}); HF_HUB_OFFLINE=1 uses the cache.") from error
 
 
 def load_image(source):
@@ -432,7 +558,9 @@ def load_image(source):
     Raises:
         ValueError: the image cannot be read; the message names it.
     """
-    name = source["path"] or "an image of the dataset"
+    name = (source or {}).get("path") or "An image of the dataset"
+    if not source or not (source["bytes"] or source["path"]):
+        raise ValueError(f"{name} is empty; remove its row.")
     try:
         image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
         image = ImageOps.exif_transpose(image)
@@ -444,7 +572,7 @@ def load_image(source):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of any kind: decoders raise what damaged files make of them
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
 
 
@@ -452,18 +580,21 @@ def inspect_images(dataset, buckets):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
     image is decoded once; a later run on the same images reads the result from the cache of datasets."""
 
-    def inspect(row):
-        image = load_image(row["image"])
+    def inspect(row, index):
+        try:
+            image, references = load_image(row["image"]), references_of(row)
+            sizes = [list(load_image(source).size) for source in references]
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-        references = references_of(row)
         return {
             "bucket": list(bucket),
             "image_hash": hash_image(row["image"]),
-            "reference_sizes": [list(load_image(source).size) for source in references],
+            "reference_sizes": sizes,
             "reference_hashes": [hash_image(source) for source in references],
         }
 
-    added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
+    added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, desc="images")
     return concatenate_datasets([dataset, added], axis=1)
 
 
