@@ -53,6 +53,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import unittest.mock
 import weakref
@@ -104,6 +105,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -324,6 +326,9 @@ def check_arguments(parser, args):
     args.hub_token = (args.hub_token or "").strip() or None
     if args.hub_token:
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]  # trackers may record the command line
+    for name, value in vars(args).items():
+        if name != "teacher_prompt_suffix" and any(v == "" or str(v).isspace() for v in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name} is empty")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
@@ -344,15 +349,17 @@ def parse_args(input_args=None):
 # --------------------------------------------------------------------------------------------------------------- data
 @contextlib.contextmanager
 def blamed_on(what):
-    """Within: an error of a library becomes a ValueError of one sentence that begins with `what`, a flag or a file."""
+    """Within: an error of a library becomes an InputError of one sentence that begins with `what`, a flag or a file."""
     try:
         yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # of any kind: libraries raise what their own dependencies do
         cause = error
         while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
             cause = cause.__cause__ or cause.__context__
-        kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
-        raise ValueError(f"{what}: {kind}{cause}") from error
+        told = [str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}" for e in (error, cause)]
+        raise InputError(f"{what}: {' - '.join(dict.fromkeys(told))}") from error
 
 
 def read_folder(folder, args):
@@ -431,6 +438,8 @@ def read_metadata(file):
 def rows_of_metadata(file, args):
     """As `rows_of_texts`, of the rows of metadata.jsonl or metadata.csv."""
     found, places, rows, caption = read_metadata(file), {}, [], args.caption_column
+    if not found:
+        raise ValueError(f"{file} holds no rows.")
     names = {str(name) for _, row in found for name in row}
     columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in sorted(names)}
     if args.image_column not in columns:
@@ -444,7 +453,7 @@ def rows_of_metadata(file, args):
         if not path.is_relative_to(os.path.normpath(file.parent)):
             raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
         if not path.is_file():
-            raise ValueError(f"{place}: there is no file {path}.")
+            raise ValueError(f"{place}: there is no file {name} in the folder.")
         return path
 
     for place, row in found:
@@ -725,8 +734,35 @@ class ContextCache:
         path = self.path(row, shown, caption)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         contexts = {"student": student, "teacher": teacher}
-        save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
-        os.replace(aside, path)
+        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}
+        try:
+            with blamed_on(f"--context_cache_dir {self.folder}"):
+                save_file(tensors, aside, {"sha256": checksum(tensors)})
+                os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)  # of a full disk
+
+    def holds(self, path):
+        """Whether a context is there as it was written; a damaged file is named."""
+        if not os.path.exists(path):
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                good = file.metadata()["sha256"] == checksum({name: file.get_tensor(name) for name in file.keys()})
+        except Exception:  # of any kind: the damage may be anywhere
+            good = False
+        if not good:
+            logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
+        return good
+
+
+def checksum(tensors):
+    """Hash over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sees_references(args):
@@ -740,32 +776,79 @@ def weight_dtype_of(args):
 
 
 def check_contexts(family, args, dataset, pairs):
-    """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
-    if args.teacher_context != "vlm":
-        return
+    """Raises ValueError for a VLM that does not fit, and for a text with a special token or a context that is too long; reads no
+    weights."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
-    if not args.vlm_model_name_or_path:
-        raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
-    encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    encoder.check_config(text_config)
-    ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
-    transformer_config = family.transformer_class.load_config(**base, subfolder="transformer")
-    longest = family.max_context_length(transformer_config, family.load_config(**base))
-    buckets = list(map(tuple, dataset["bucket"]))
-    without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
+        transformer_config, pipeline_config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
+        longest = family.max_context_length(transformer_config, pipeline_config)
+        longest_prompt, no_prompt = family.max_prompt_length(pipeline_config), family.prompt_length(tokenizer, "")
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
+    if not edit:
+        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
+        if not args.vlm_model_name_or_path:
+            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
+        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="config.json")
+        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
+            encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+            encoder.check_config(text_config)
+        check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
+        special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
+        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"]))
+        without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
-        if index is None:
-            continue
-        bucket = shown_row(buckets, index, args)
-        # a token is at least one byte: of most captions no token needs to be counted
-        length = without_caption[bucket] + len(caption.encode())
-        if length > longest and (length := encoder.context_length(caption, *bucket, ending)) > longest:
+        text = caption if index is None else caption + suffix
+        if token := next((token for token in special if token and token in text), None):
+            place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
+            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat and not as text; write it otherwise.")
+        # a token is at least one byte: of most texts no token needs to be counted
+        size, prompt = len(text.encode()), text if edit else caption
+        if not edit and index is not None:
+            bucket = shown_row(buckets, index, args)
+            if without_text[bucket] + size > longest and (length := encoder.context_length(text, *bucket, ending)) > longest:
+                raise ValueError(
+                    f"The teacher context of {place_of(dataset, index, caption, args)}, {caption[:60]!r}, has {length} tokens; the "
+                    f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
+                )
+        if no_prompt + size > longest_prompt and (length := family.prompt_length(tokenizer, prompt)) > longest_prompt:
             raise ValueError(
-                f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
-                f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
+                f"{place_of(dataset, index, caption, args)}: {prompt[:60]!r} has {length} tokens; the text encoder is given at most "
+                f"{longest_prompt}, and the rest would be cut off. Shorten it."
             )
+
+
+def place_of(dataset, index, caption, args):
+    """Where a caption or prompt stands."""
+    if index is None:
+        lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
+        return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
+    if caption == args.instance_prompt:
+        return "--instance_prompt"
+    row = dataset[index]
+    if caption not in row["captions"]:
+        return "--validation_prompt"
+    return f"caption {row['captions'].index(caption) + 1} of row {index} ({row['image']['path'] or args.dataset_name})"
+
+
+def check_weights(flag, name, parts, variant=None):
+    """Raises ValueError for weights in a folder that are missing or cut off; only the beginnings of their files are read."""
+    if not Path(name).is_dir():
+        return  # what the Hub sends is checked as it arrives
+    if variant and not any(Path(name).glob(f"*/*.{variant}*")):
+        raise ValueError(f"--variant {variant}: {name} holds no such weights.")
+    for folder in (Path(name) / part for part in parts):
+        files = set(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"--{flag} {name}: {folder} holds no weights (*.safetensors).")
+        for index in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
+            with blamed_on(f"--{flag} {index}"):
+                files |= {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+        for file in sorted(files):
+            with blamed_on(f"--{flag} {file}"), safe_open(file, "pt"):
+                pass
 
 
 def check_quantization(args):
@@ -808,37 +891,45 @@ def encode_batch(pipeline, args, cache, dataset, pairs):
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
+    """Encodes the (row index, caption) `pairs` that are not in the cache, or damaged there, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
-    paths = {(index, caption): cache.path(*rows_of(keys, index, args), caption) for index, caption in pairs}
     # rows with the same images and caption share a file
-    missing = list({path: pair for pair, path in paths.items() if not path.exists()}.values())
-    logger.info(f"Contexts: {len(missing)} of {len(set(paths.values()))} to encode.")
+    pair_of = {cache.path(*rows_of(keys, index, args), caption): (index, caption) for index, caption in pairs}
+    mine = list(pair_of)[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(mine, "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
+    missing = [pair_of[path] for path in bar if not cache.holds(path)]
+    logger.info(f"Contexts: {len(missing)} of {len(mine)} to encode in each process.")
+    if missing:
+        with blamed_on(f"--context_cache_dir {cache.folder}"):
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache.folder).close()
+        encode_missing(family, args, cache, dataset, missing, accelerator)
     accelerator.wait_for_everyone()
-    if not missing:
-        return
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    pipeline = family.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=weight_dtype_of(args),
-        quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
-        **({} if sees_references(args) else {"vae": None}),
-    ).to(accelerator.device)
+
+
+def encode_missing(family, args, cache, dataset, missing, accelerator):
+    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        pipeline = family.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=weight_dtype_of(args),
+            quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
+            **({} if sees_references(args) else {"vae": None}),
+        ).to(accelerator.device)
     if args.teacher_context == "vlm":
-        pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
+            pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for group in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
-        mine = group[accelerator.process_index :: accelerator.num_processes]
-        for start in tqdm(range(0, len(mine), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
-            encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
+    for group in filter(None, ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None])):
+        for start in tqdm(range(0, len(group), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
+            encode_batch(pipeline, args, cache, dataset, group[start : start + ENCODING_BATCH])
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
-    accelerator.wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------------------------------------- method
@@ -1221,7 +1312,7 @@ def card_data(args, samples, tags):
 
 def training_command(args):
     """The command that trained this, without the token and without flags that have their default."""
-    defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]))
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
         if value is True:
@@ -1416,11 +1507,14 @@ def check_inputs(args):
         validate_repo_id(repository_name(args))
         if Path(args.pretrained_model_name_or_path).is_dir():
             logger.warning("The base is a folder: others cannot load what is pushed as it is. Give the base's id on the Hub.")
-    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        family = family_of(args.pretrained_model_name_or_path, args.revision)
+        vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
+        multiple = family.size_multiple(vae_config)
+    check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, ["text_encoder", "transformer", "vae"], args.variant)
     resolve_arguments(family, args)
     checkpoint = find_checkpoint(args)
-    vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
-    multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
@@ -1430,7 +1524,13 @@ def check_inputs(args):
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
-    pairs += [(None, prompt) for prompt in read_prior_prompts(args)]
+    prior_prompts = read_prior_prompts(args)
+    pairs += [(None, prompt) for prompt in prior_prompts]
+    counts = {
+        "images": len(dataset), "buckets": len(set(map(tuple, dataset["bucket"]))), "captions": sum(map(len, dataset["captions"])),
+        "references": sum(map(len, dataset["reference_hashes"])), "prior prompts": len(prior_prompts),
+    }  # fmt: skip
+    logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     check_contexts(family, args, dataset, pairs)
     return family, dataset, checkpoint, pairs
 
@@ -1478,15 +1578,16 @@ def save_memory_and_time(transformer, args):
 
 def load_for_training(family, args, quantization_config=None):
     """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
-    pipeline = family.from_pretrained(
-        args.pretrained_model_name_or_path,
-        text_encoder=None,
-        tokenizer=None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=weight_dtype_of(args),
-        quantization_config=quantization_config,
-    )
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        pipeline = family.from_pretrained(
+            args.pretrained_model_name_or_path,
+            text_encoder=None,
+            tokenizer=None,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=weight_dtype_of(args),
+            quantization_config=quantization_config,
+        )
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
@@ -1517,9 +1618,9 @@ def build_without_weights(family, args):
     """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes alone."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     parts = {"transformer": family.transformer_class, "vae": family.vae_class}
-    with torch.device("meta"):
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"), torch.device("meta"):
         parts = {name: kind.from_config(kind.load_config(**base, subfolder=name)) for name, kind in parts.items()}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**base, subfolder="scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**base, subfolder="scheduler")
     pipeline = family(scheduler, tokenizer=None, text_encoder=None, **parts)
     pipeline.transformer.to(weight_dtype_of(args)).requires_grad_(False)
     return pipeline
@@ -1857,13 +1958,13 @@ def main(args):
         with accelerator.main_process_first():
             check_full_inputs(args, accelerator)
             family, dataset, checkpoint, pairs = check_inputs(args)
+            planned = build_without_weights(family, args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     cache = ContextCache(args)
     with explain_out_of_memory(encoding_savings(args)):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if accelerator.num_processes == 1:  # FSDP shares the weights out
-        planned = build_without_weights(family, args)
         estimate = estimate_full_memory(planned, first_batch(planned, dataset, cache, args), args, accelerator)
         report_memory(estimate, full_savings(args), accelerator)
 
