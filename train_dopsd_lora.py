@@ -147,6 +147,7 @@ IDLE_FLAGS = [
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
     ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
     ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
+    ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
     ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
     ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
     ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
@@ -157,6 +158,7 @@ IDLE_FLAGS = [
 ]
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
+MIRRORED = " mirrored"
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
@@ -224,6 +226,7 @@ def add_data_arguments(parser):
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=number(int, low=1), default=1024, help="Side of a square image. Others are trained in buckets of the same "
         "area and the nearest aspect ratio.")
+    add("--random_flip", action="store_true", help="Train on each image and on its mirror image; not for subjects with letters or sides.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
 
 
@@ -250,6 +253,7 @@ def add_training_arguments(parser):
     add("--train_batch_size", type=number(int, low=1), default=1, help="Images per process and micro-step.")
     add("--gradient_accumulation_steps", type=number(int, low=1), default=1, help="Micro-steps per optimisation step.")
     add("--max_train_steps", type=number(int, low=1), default=1000, help="Optimisation steps.")
+    add("--num_train_epochs", type=number(int, low=1), help="In place of --max_train_steps: how often each image is drawn.")
     add("--learning_rate", type=number(float, above=0), default=1e-4, help="Peak learning rate.")
     add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         help="Learning rate over the steps.")
@@ -298,6 +302,8 @@ def add_lora_arguments(parser):
     add("--rank", type=number(int, low=1), default=64, help="Width of the LoRA's matrices.")
     add("--lora_alpha", type=number(int, low=1), help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
+    add("--lora_dropout", type=number(float, low=0, below=1), default=0.0, help="Share of the LoRA's inputs that is dropped at random, "
+        "in the student alone.")
     add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer in 4 bits (nf4, needs a GPU and "
         "bitsandbytes) or 8 bits (int8, fp8: torchao). Use it with --gradient_checkpointing.")
     add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks whose frozen weights stay in the computer's memory and "
@@ -310,6 +316,8 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
+    if args.random_flip and args.reference_column:
+        parser.error("--random_flip does not go with --reference_column: references are not mirrored")
     for when, idle, names in IDLE_FLAGS:
         for name in names:
             if getattr(args, name, None) != parser.get_default(name) and idle(args):
@@ -604,6 +612,12 @@ def inspect_images(dataset, buckets):
     return concatenate_datasets([dataset, added], axis=1)
 
 
+def with_mirrored(dataset):
+    """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
+    hashes = [value + MIRRORED for value in dataset["image_hash"]]
+    return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
+
+
 def hash_image(source):
     """Hash of the undecoded content of {"path", "bytes"}."""
     return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
@@ -648,9 +662,10 @@ def layouts_of(dataset, args):
 
 
 def training_image(row):
-    """The row's image, resized and centre-cropped to its bucket."""
+    """The row's image, resized and centre-cropped to its bucket, and mirrored in rows of `with_mirrored`."""
     height, width = row["bucket"]
-    return ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.mirror(image) if row["image_hash"].endswith(MIRRORED) else image
 
 
 @functools.lru_cache(maxsize=2)
@@ -1019,6 +1034,8 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
         contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
+    if getattr(args, "lora_dropout", 0):
+        torch.manual_seed(int(rng.integers(2**63)))
     return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
@@ -1452,6 +1469,11 @@ def check_inputs(args):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets)
+    dataset = with_mirrored(dataset) if args.random_flip else dataset
+    if args.num_train_epochs:
+        batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(batches) / args.gradient_accumulation_steps)
+        args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
@@ -1601,12 +1623,14 @@ def offload_blocks(blocks, device):
 def add_lora(pipeline, targets, args):
     """Adds the LoRA in fp32 to the layers `targets` of the transformer. Returns names and parameters."""
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora, init_lora_weights="gaussian",
-                        target_modules=targets)  # fmt: skip
+                        target_modules=targets, lora_dropout=args.lora_dropout)  # fmt: skip
     pipeline.transformer.add_adapter(config)
     cast_training_params(pipeline.transformer, dtype=torch.float32)
     for module in pipeline.transformer.modules():
         if isinstance(module, LoraLayer):  # autocast chooses the dtype; peft would first copy every input to fp32
             module.cast_input_dtype_enabled = args.mixed_precision == "no"
+            if args.lora_dropout:  # teacher and validation, which run without gradients, are given the whole LoRA
+                module.lora_dropout["default"].register_forward_hook(lambda _, given, left: left if torch.is_grad_enabled() else given[0])
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
