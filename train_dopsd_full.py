@@ -455,8 +455,8 @@ def rows_of_metadata(file, args):
     def path_of(name, place):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{place} names no image.")
-        path = Path(os.path.normpath(file.parent / name))
-        if not path.is_relative_to(os.path.normpath(file.parent)):
+        path = file.parent / os.path.normpath(name)
+        if os.path.isabs(name) or ".." in path.parts[len(file.parent.parts) :]:
             raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
         if not path.is_file():
             raise ValueError(f"{place}: there is no file {name} in the folder.")
@@ -1486,8 +1486,9 @@ def resolve_arguments(family, args):
         ValueError: the family has no such teacher, or takes no reference images.
     """
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
     args.teacher_context = args.teacher_context or family.teacher_contexts[0]
+    if args.teacher_context == "vlm":
+        args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
     if args.teacher_context not in family.teacher_contexts:
         raise ValueError(f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}.")
     if args.reference_column and "edit" not in family.teacher_contexts:
