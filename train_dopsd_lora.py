@@ -385,15 +385,18 @@ def read_folder(folder, args):
     for row in rows:
         stats = [os.stat(path) for path in [row["image"], *row.get("references", [])]]
         row["stamp"] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
-    features = {"image": ImageFeature(decode=False), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
-    if args.reference_column:
-        features["references"] = ListFeature(ImageFeature(decode=False))
-    return Dataset.from_generator(each, gen_kwargs={"rows": rows}, features=Features(features)).remove_columns("stamp")
+    features = {"image": Value("string"), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
+    features |= {"references": ListFeature(Value("string"))} if args.reference_column else {}
+    columns = {name: [row[name] for row in rows] for name in features}
+    dataset = Dataset.from_generator(rows_of_columns, gen_kwargs={"columns": columns}, features=Features(features)).remove_columns("stamp")
+    dataset = dataset.cast_column("image", ImageFeature(decode=False))
+    return dataset.cast_column("references", ListFeature(ImageFeature(decode=False))) if args.reference_column else dataset
 
 
-def each(rows):
-    """A generator, because datasets caches on disk what a generator gave."""
-    yield from rows
+def rows_of_columns(columns):
+    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values))
 
 
 def rows_of_texts(folder, files, args):
