@@ -566,7 +566,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
     except RepositoryNotFoundError as error:
         raise ValueError(f"--{flag} {name} is no folder, and there is no such {repo_type} on the Hub, or it is private: log in.") from error
     except Exception as error:  # of the network
-        raise ValueError(f"--{flag} {name} is no folder, and the Hub did not answer ({error}); HF_HUB_OFFLINE=1 uses the cache.") from error
+        raise ValueError(f"--{flag} {name} is no folder, and asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache.") from error
 
 
 def load_image(source):
