@@ -74,7 +74,7 @@ class MultimodalEncoder:
         max_pixels (`int`): larger images are scaled down to this area before they are cut into patches.
 
     Raises:
-        ValueError: the model is no Qwen3-VL.
+        ValueError: the model is no Qwen3-VL, or its tokenizer is not whole.
     """
 
     def __init__(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
@@ -86,6 +86,8 @@ class MultimodalEncoder:
         if self.tokenizer.chat_template is None:  # a repository may keep it for the processor alone
             file = cached_file(vlm_name_or_path, "chat_template.json")
             self.tokenizer.chat_template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
+        if self.tokenizer.convert_ids_to_tokens(self.config.image_token_id) is None:
+            raise ValueError(f"{self.name} lacks files of its tokenizer, which has no token for images; fetch it anew.")
         # backend="pil": the default backend needs torchvision
         self.image_processor = AutoImageProcessor.from_pretrained(vlm_name_or_path, backend="pil")
         shortest = min(self.image_processor.size["shortest_edge"], max_pixels)
@@ -255,6 +257,17 @@ class DOPSDMixin:
         """What the family's chats have after the generation prompt."""
         return ""
 
+    @classmethod
+    def max_prompt_length(cls, pipeline_config: dict) -> int:
+        """Tokens of a prompt with its chat after which the stock pipeline cuts off the rest."""
+        return pipeline_config.get("max_sequence_length", cls.stock_length)
+
+    @classmethod
+    def prompt_length(cls, tokenizer, prompt: str) -> int:
+        """Tokens of a prompt with its chat."""
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        return len(tokenizer(chat + cls.chat_ending(tokenizer)).input_ids)
+
     @staticmethod
     def size_multiple(vae_config: dict) -> int:
         """Height and width of an image must be multiples of this number of pixels (VAE factor times patch size)."""
@@ -304,6 +317,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
     distilled_bases = "Tongyi-MAI/Z-Image-Turbo"
     transformer_class = ZImageTransformer2DModel
     vae_class = AutoencoderKL
+    stock_length = inspect.signature(ZImagePipeline.encode_prompt).parameters["max_sequence_length"].default
 
     def __init__(
         self,
@@ -459,7 +473,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     @classmethod
     def max_context_length(cls, transformer_config: dict, pipeline_config: dict) -> int:
         """The length, in tokens, of every context."""
-        return pipeline_config.get("max_sequence_length", cls.stock_length)
+        return cls.max_prompt_length(pipeline_config)
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
@@ -627,8 +641,10 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
     """
     config = DiffusionPipeline.load_config(model_name_or_path, revision=revision)
     name = config.get("_class_name")
-    if name not in FAMILIES:
-        raise ValueError(f"{model_name_or_path} is a {name}; known families are: {', '.join(FAMILIES)}.")
+    if config.get("base_model"):
+        raise ValueError(f"{model_name_or_path} is a LoRA; give its base, {config['base_model']}.")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"{model_name_or_path} is of class {name}; known are: {', '.join(FAMILIES)}.")
     if config.get("is_distilled") is False:
         raise ValueError(
             f"{model_name_or_path} is not step-distilled (is_distilled in its model_index.json), so it has no few steps to keep. "

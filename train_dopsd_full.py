@@ -40,6 +40,7 @@ the student that also sees the training image, predicts the velocity at the same
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
 import functools
@@ -54,6 +55,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -76,9 +78,10 @@ from accelerate.utils import (
     fsdp2_prepare_model,
     set_seed,
 )
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -91,20 +94,23 @@ from diffusers.utils import check_min_version, is_bitsandbytes_available, is_tor
 from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
+    HfApi,
     ModelCard,
     ModelCardData,
     create_commit,
     create_repo,
     get_session,
     hf_hub_download,
+    is_offline_mode,
     model_info,
     save_torch_state_dict,
     set_client_factory,
     snapshot_download,
+    try_to_load_from_cache,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -121,6 +127,7 @@ check_min_version("0.42.0")
 
 logger = get_logger(__name__)
 
+METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
@@ -136,6 +143,26 @@ MAY_CHANGE = {
     "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
     "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
 }  # fmt: skip
+# when flags would have no effect: in words, as a function of the arguments, and which flags
+IDLE_FLAGS = [
+    ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
+    ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
+    ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
+    ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
+    ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
+    ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
+    ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
+    ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
+    ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
+    ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
+    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
+    ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
+    # the last three are of one script
+    ("with --optimizer adafactor", lambda a: getattr(a, "optimizer", None) == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+    ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
+    ("without --ema_device cpu", lambda a: getattr(a, "ema_device", None) != "cpu", ["ema_refresh_steps"]),
+]
+MIRRORED = " mirrored"
 NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 # those of diffusers with a backward, and without code from the Hub
@@ -166,6 +193,30 @@ class RefuseToken(argparse.Action):
         parser.error("--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Ends with one line for a wrong flag, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split()).removeprefix('argument ')}\n")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """Type of a flag that takes a finite `kind` between `low` and `high`, which are in the range, or `above` and `below`, which are not."""
+    ends = {"at least": low, "above": above, "at most": high, "below": below}
+    words = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and above < value < below):  # also true for NaN
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {words}, not {text}")
+        return value
+
+    return parse
+
+
 def add_model_arguments(parser):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
@@ -173,7 +224,7 @@ def add_model_arguments(parser):
     add("--variant", help="Variant of the base's weight files, for example fp16.")
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
         "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
-    add("--teacher_max_pixels", type=int, help="Area above which images are scaled down for the VLM; fewer pixels give a "
+    add("--teacher_max_pixels", type=number(int, low=1), help="Area above which images are scaled down for the VLM; fewer pixels give a "
         "shorter teacher context. Default: the family's.")
     add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold the text encoder, and so the VLM's language model, in 4 bits (nf4: "
         "bitsandbytes) or 8 bits (int8, fp8: torchao) while contexts are encoded.")  # fmt: skip
@@ -189,55 +240,57 @@ def add_data_arguments(parser):
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
     add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
-    add("--resolution", type=int, default=1024, help="Side of a square image. Others are trained in buckets of the same "
+    add("--resolution", type=number(int, low=1), default=1024, help="Side of a square image. Others are trained in buckets of the same "
         "area and the nearest aspect ratio.")
+    add("--random_flip", action="store_true", help="Train on each image and on its mirror image; not for subjects with letters or sides.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
 
 
 def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
-    add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
-    add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
+    add("--rollout_steps", type=number(int, low=1), default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--num_inference_steps", type=number(int, low=1), help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
     add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
         "VLM. edit: as a reference image of the transformer (FLUX.2). Default: vlm.")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
     add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
         "image itself, or the next one of the set, which guards against copying.")
-    add("--ema_decay", type=float, default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
+    add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
     add("--prior_prompts", help="Text file with a prompt on each line that the model is to go on drawing as it does: some "
         "batches are rollouts on them, with a teacher that sees no image.")
-    add("--prior_every", type=int, default=3, help="Every so many batches, one is of --prior_prompts.")
+    add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
         "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
 
 
 def add_training_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=int, default=1, help="Images per process and micro-step.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimisation step.")
-    add("--max_train_steps", type=int, default=1000, help="Optimisation steps.")
-    add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    add("--train_batch_size", type=number(int, low=1), default=1, help="Images per process and micro-step.")
+    add("--gradient_accumulation_steps", type=number(int, low=1), default=1, help="Micro-steps per optimisation step.")
+    add("--max_train_steps", type=number(int, low=1), default=1000, help="Optimisation steps.")
+    add("--num_train_epochs", type=number(int, low=1), help="In place of --max_train_steps: how often each image is drawn.")
+    add("--learning_rate", type=number(float, above=0), default=1e-4, help="Peak learning rate.")
     add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         help="Learning rate over the steps.")
-    add("--lr_warmup_steps", type=int, default=0, help="Steps over which it rises from zero.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of the polynomial scheduler.")
+    add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps over which it rises from zero.")
+    add("--lr_num_cycles", type=number(int, low=1), default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=number(float, above=0), default=1.0, help="Power of the polynomial scheduler.")
     add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="adamw8bit: states of 8 bits. "
         "adafactor: factored states, no momentum. prodigy: finds the learning rate itself; give --learning_rate 1.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
-    add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's mean of gradients.")
-    add("--adam_beta2", type=float, default=0.999, help="Decay of its mean of squares.")
-    add("--adam_weight_decay", type=float, default=0.0, help="Decoupled weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator.")
-    add("--max_grad_norm", type=float, default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
+    add("--adam_beta1", type=number(float, low=0, below=1), default=0.9, help="Decay of AdamW's mean of gradients.")
+    add("--adam_beta2", type=number(float, low=0, below=1), default=0.999, help="Decay of its mean of squares.")
+    add("--adam_weight_decay", type=number(float, low=0), default=0.0, help="Decoupled weight decay.")
+    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="Added to the denominator.")
+    add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
-    add("--checkpointed_blocks", type=float, default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
+    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
-    add("--seed", type=int, default=0, help="All randomness follows from the seed and the step.")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
 
 
 def add_output_arguments(parser):
@@ -245,13 +298,13 @@ def add_output_arguments(parser):
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew in an OUTPUT_DIR that holds a run: what that run wrote is "
         "removed, contexts excepted.")
-    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Keep only so many of the newest checkpoints.")
+    add("--checkpointing_steps", type=number(int, low=1), default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=number(int, low=1), help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture; the teacher sees a training image with "
         "each. Default: training captions.")
-    add("--validation_steps", type=int, default=250, help="Steps between validations, from step 0. 0: none.")
-    add("--num_validation_images", type=int, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--num_validation_images", type=number(int, low=1), default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
@@ -259,7 +312,7 @@ def add_output_arguments(parser):
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
     add("--hub_token", action=RefuseToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--hub_timeout", type=float, default=60, help="Seconds without an answer after which a request of the push fails. Some "
+    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds without an answer after which a request of the push fails. Some "
         "are tried six times.")  # fmt: skip
 
 
@@ -267,7 +320,7 @@ def add_full_arguments(parser):
     add = parser.add_argument_group("full fine-tuning").add_argument
     add("--ema_device", choices=["accelerator", "cpu"], default="accelerator", help="Where the teacher's fp32 average is "
         "held. cpu: a copy in the dtype of --mixed_precision computes on the accelerator.")
-    add("--ema_refresh_steps", type=int, default=10, help="With --ema_device cpu: steps between updates of average and copy.")
+    add("--ema_refresh_steps", type=number(int, low=1), default=10, help="With --ema_device cpu: steps between updates of average and copy.")
     add("--stochastic_rounding", action="store_true", help="Hold the weights in bf16 alone; AdamW of torchao with 8-bit "
         "states rounds each update at random, so that small ones are not lost.")
     add("--fused_backward_pass", action="store_true", help="Update each weight during the backward and free its gradient: no "
@@ -290,33 +343,28 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
-    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
-                 "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
-        if getattr(args, name, 1) < 1:  # the last two are of one script each
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0.0 <= args.ema_decay <= 1.0:
-        parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
-    if not 0.0 < args.checkpointed_blocks <= 1.0:
-        parser.error(f"--checkpointed_blocks must be above 0 and at most 1, not {args.checkpointed_blocks}")
-    if args.prior_every < 2:
-        parser.error(f"--prior_every must be at least 2, not {args.prior_every}: the other batches are of the images")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         parser.error("--overwrite_output_dir starts anew: leave out --resume_from_checkpoint")
-    if args.hub_push_checkpoints and not args.push_to_hub:
-        parser.error("--hub_push_checkpoints needs --push_to_hub")
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
         parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}: leave one out")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     del args.use_8bit_adam
     if args.optimizer == "prodigy" and args.learning_rate < 0.1:
         parser.error(f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}")
-    if args.hub_timeout <= 0:
-        parser.error(f"--hub_timeout must be positive, not {args.hub_timeout}")
+    if args.random_flip and args.reference_column:
+        parser.error("--random_flip does not go with --reference_column: references are not mirrored")
+    for when, idle, names in IDLE_FLAGS:
+        for name in names:
+            if getattr(args, name, None) != parser.get_default(name) and idle(args):
+                parser.error(f"--{name} has no effect {when}")
+    for name, value in vars(args).items():
+        if name != "teacher_prompt_suffix" and any(v == "" or str(v).isspace() for v in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name} is empty")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_dopsd_arguments(parser)
@@ -330,47 +378,162 @@ def parse_args(input_args=None):
     return args
 
 
+@contextlib.contextmanager
+def blamed_on(what):
+    """Within: an error of a library becomes an InputError of one sentence that begins with `what`, a flag or a file."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: libraries raise what their own dependencies do
+        cause = error
+        while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
+            cause = cause.__cause__ or cause.__context__
+        told = [str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}" for e in (error, cause)]
+        raise InputError(f"{what}: {' - '.join(dict.fromkeys(told))}") from error
+
+
 # --------------------------------------------------------------------------------------------------------------- data
-def read_folder(folder, instance_prompt):
-    """Dataset with `image` and `captions` of a folder whose captions are NAME.txt files or `instance_prompt`.
+def read_folder(folder, args):
+    """Dataset with `image` (undecoded), `captions` and, with --reference_column, `references` of a folder of images.
 
     Raises:
-        ValueError: no images, an image without caption, or a caption file without image.
+        ValueError: no images, an image without caption, or a caption without image; the message names the file and the line.
     """
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    stems = {p.stem for p in images}
-    for path in files:
-        if path.suffix == ".txt" and path.stem not in stems:
-            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
-    if not images:
-        raise ValueError(f"--instance_data_dir {folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    captions = []
-    for path in images:
-        text = path.with_suffix(".txt")
-        lines = read_lines(text) if text.exists() else [instance_prompt]
-        if not any(lines):
-            raise ValueError(f"{path} has no caption: write {text.name} beside it or give --instance_prompt.")
-        captions.append(lines)
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
+    if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
+        raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
+    rows, used = rows_of_metadata(metadata[0], args) if metadata else rows_of_texts(folder, files, args)
+    others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
+    if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
+        logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
     # the size and time of each file make the cache of `inspect_images` a cache of these very images
-    stamps = [[p.stat().st_size, p.stat().st_mtime_ns] for p in images]
-    rows = {"image": [str(p) for p in images], "captions": captions, "stamp": stamps}
-    return Dataset.from_generator(columns_to_rows, gen_kwargs={"columns": rows}).remove_columns("stamp")
+    for row in rows:
+        stats = [os.stat(path) for path in [row["image"], *row.get("references", [])]]
+        row["stamp"] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+    features = {"image": Value("string"), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
+    features |= {"references": ListFeature(Value("string"))} if args.reference_column else {}
+    columns = {name: [row[name] for row in rows] for name in features}
+    dataset = Dataset.from_generator(rows_of_columns, gen_kwargs={"columns": columns}, features=Features(features)).remove_columns("stamp")
+    dataset = dataset.cast_column("image", ImageFeature(decode=False))
+    return dataset.cast_column("references", ListFeature(ImageFeature(decode=False))) if args.reference_column else dataset
+
+
+def rows_of_columns(columns):
+    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values))
+
+
+def rows_of_texts(folder, files, args):
+    """Rows of `read_folder` whose captions are NAME.txt beside each image or --instance_prompt, and the files that they use."""
+    for name, default in {"image_column": "image", "caption_column": "text", "reference_column": None}.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} needs {' or '.join(METADATA_NAMES)} in {folder}, or --dataset_name.")
+    images = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}
+    if not images:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"--instance_data_dir {folder} holds no images ({suffixes}); folders in it are not looked into.")
+    stems, texts = set(images.values()), {}
+    for path in files:
+        if path.suffix.lower() == ".txt":
+            if path.stem not in stems:
+                raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+            if texts.setdefault(path.stem, path) != path:
+                raise ValueError(f"{path}: {texts[path.stem].name} is a caption file of the same image; remove one of them.")
+    rows = []
+    for path, stem in images.items():
+        if not path.is_file():
+            raise ValueError(f"{path} is no file that can be read, but perhaps a link to nothing; remove it.")
+        lines = read_lines(texts[stem]) if stem in texts else [args.instance_prompt]
+        if not any(lines):
+            raise ValueError(f"{path} has no caption: write {stem}.txt beside it or give --instance_prompt.")
+        rows.append({"image": str(path), "captions": lines})
+    return rows, {*images, *texts.values()}
+
+
+def read_metadata(file):
+    """The rows of metadata.jsonl or metadata.csv, each with the place where it stands. Raises ValueError for what is neither."""
+    with blamed_on(file):
+        text = file.read_text("utf-8-sig")
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text))
+        with blamed_on(file):
+            return [(f"{file}, line {reader.line_num}", row) for row in reader]
+    rows = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for i, (place, line) in enumerate(rows):
+        with blamed_on(f"{place} is no JSON"):
+            rows[i] = (place, json.loads(line))
+        if not isinstance(rows[i][1], dict):
+            raise ValueError(f"{place} is no JSON object with a file_name.")
+    return rows
+
+
+def rows_of_metadata(file, args):
+    """As `rows_of_texts`, of the rows of metadata.jsonl or metadata.csv."""
+    found, places, rows, caption = read_metadata(file), {}, [], args.caption_column
+    if not found:
+        raise ValueError(f"{file} holds no rows.")
+    names = {str(name) for _, row in found for name in row}
+    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in sorted(names)}
+    if args.image_column not in columns:
+        raise ValueError(f"{file} has no column {'file_name' if args.image_column == 'image' else f'{args.image_column}_file_name'}.")
+    check_columns(columns, args)
+
+    def path_of(name, place):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{place} names no image.")
+        path = file.parent / os.path.normpath(name)
+        if os.path.isabs(name) or ".." in path.parts[len(file.parent.parts) :]:
+            raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
+        if not path.is_file():
+            raise ValueError(f"{place}: there is no file {name} in the folder.")
+        return path
+
+    for place, row in found:
+        if None in row:
+            raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
+        path = path_of(row.get(columns[args.image_column]), place)
+        if places.setdefault(path, place) != place:
+            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
+        rows.append({"image": str(path), "captions": captions_of(row.get(caption), place, caption, args.instance_prompt)})
+        if args.reference_column:
+            references = row.get(columns[args.reference_column]) or []
+            references = references if isinstance(references, list) else [references]
+            rows[-1]["references"] = [str(path_of(name, place)) for name in references]
+    return rows, {file, *places, *(Path(path) for row in rows for path in row.get("references", []))}
+
+
+def check_columns(columns, args):
+    """Raises ValueError for a flag that names none of the `columns` of a dataset."""
+    for name in ("image_column", "caption_column", "reference_column"):
+        column = getattr(args, name)
+        if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
+            more = "; name the column, or give --instance_prompt" if name == "caption_column" else ""
+            raise ValueError(f"--{name} {column!r} is none of the columns {', '.join(sorted(columns))}{more}.")
+
+
+def captions_of(value, place, column, instance_prompt):
+    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text, or something else."""
+    captions = [value] if value is None or isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption and no list of captions.")
+    captions = [c for c in captions if c and c.strip()] or [instance_prompt]
+    if not captions[0]:
+        raise ValueError(f"{place} has no caption; add one or give --instance_prompt.")
+    with blamed_on(place):
+        "".join(captions).encode()  # half a pair of surrogates is no text
+    return captions
 
 
 def read_lines(path, name=None):
     """The lines of a text file, without blank ones. Raises ValueError where it cannot be read."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # not at other characters, as splitlines() would
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name or path} is no text file in UTF-8 that can be read ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def columns_to_rows(columns):
-    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values))
 
 
 def read_dataset(args):
@@ -379,45 +542,58 @@ def read_dataset(args):
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
     """
-    folder = Path(args.instance_data_dir) if args.instance_data_dir else None
-    if folder and not folder.is_dir():
+    source = "instance_data_dir" if args.instance_data_dir else "dataset_name"
+    folder = Path(getattr(args, source))
+    if source == "instance_data_dir" and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
-    if folder and not any((folder / name).exists() for name in ("metadata.jsonl", "metadata.csv")):
-        if args.reference_column:
-            raise ValueError(f"--reference_column needs metadata.jsonl or metadata.csv in {folder}, or --dataset_name.")
-        return read_folder(folder, args.instance_prompt).cast_column("image", ImageFeature(decode=False))
-    if folder:
-        dataset = load_dataset("imagefolder", data_dir=str(folder), split="train")
-    else:
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if source == "instance_data_dir" or any(name in METADATA_NAMES for name in names):
+        return read_folder(folder, args)
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        raise ValueError(f"--dataset_name {folder} is a folder of images: give it as --instance_data_dir.")
+    check_source("dataset_name", args.dataset_name, repo_type="dataset")
+    with blamed_on(f"--dataset_name {args.dataset_name}"):
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
-    if args.image_column not in dataset.column_names:
-        raise ValueError(f"--image_column {args.image_column!r} is none of the columns {dataset.column_names}.")
-    if args.caption_column not in dataset.column_names and not args.instance_prompt:
-        raise ValueError(
-            f"--caption_column {args.caption_column!r} is none of the columns {dataset.column_names}; "
-            "name the column, or give --instance_prompt."
-        )
-    if args.reference_column and args.reference_column not in dataset.column_names:
-        raise ValueError(f"--reference_column {args.reference_column!r} is none of the columns {dataset.column_names}.")
-
-    def captions_of(row, index):
-        captions = row.get(args.caption_column) or args.instance_prompt
-        captions = [c for c in ([captions] if isinstance(captions, str) else captions or []) if c and c.strip()]
-        if not captions:
-            raise ValueError(f"Row {index} of the dataset has no caption; add one or give --instance_prompt.")
-        return {"captions": captions}
-
+    if not len(dataset):
+        raise ValueError(f"--dataset_name {args.dataset_name} holds no rows.")
+    check_columns(dataset.column_names, args)
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
+    feature = ImageFeature(decode=False)
     for column in pictures:
         several = isinstance(dataset.features[column], ListFeature)
-        feature = ImageFeature(decode=False)
-        dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+        with blamed_on(f"--dataset_name {args.dataset_name}: column {column} holds no images"):
+            dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
     # columns are worked on apart, so that no image is copied into the cache
-    texts = dataset.remove_columns(list(pictures))
-    texts = texts.map(captions_of, with_indices=True, remove_columns=texts.column_names, desc="captions")
     images = dataset.select_columns(list(pictures))
     images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
+    name, column, prompt = args.dataset_name, args.caption_column, args.instance_prompt
+    if column not in dataset.column_names:
+        return images.add_column("captions", [[prompt]] * len(images))
+
+    def read_captions(row, index):  # knows no other arguments: what it gave is cached for others, too
+        return {"captions": captions_of(row[column], f"Row {index} of {name}", column, prompt)}
+
+    texts = dataset.select_columns(column)
+    texts = texts.map(read_captions, with_indices=True, remove_columns=texts.column_names, desc="captions")
     return concatenate_datasets([images, texts], axis=1)
+
+
+def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
+    """Raises ValueError for a `name` that is neither a file or folder nor a repository that the Hub's cache has or the Hub, asked
+    once: the libraries ask six times, and then tell another story."""
+    if os.path.exists(name):
+        return
+    try:
+        validate_repo_id(name)
+        cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
+        if not cached and not is_offline_mode():
+            HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
+    except HFValidationError as error:
+        raise ValueError(f"--{flag} {name} is no folder, and no repository can have that name.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"--{flag} {name} is no folder, and there is no such {repo_type} on the Hub, or it is private: log in.") from error
+    except Exception as error:  # of the network
+        raise ValueError(f"--{flag} {name} is no folder, and asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache.") from error
 
 
 def load_image(source):
@@ -426,7 +602,9 @@ def load_image(source):
     Raises:
         ValueError: the image cannot be read; the message names it.
     """
-    name = source["path"] or "an image of the dataset"
+    name = (source or {}).get("path") or "An image of the dataset"
+    if not source or not (source["bytes"] or source["path"]):
+        raise ValueError(f"{name} is empty; remove its row.")
     try:
         image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
         image = ImageOps.exif_transpose(image)
@@ -438,7 +616,7 @@ def load_image(source):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of any kind: decoders raise what damaged files make of them
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
 
 
@@ -446,19 +624,28 @@ def inspect_images(dataset, buckets):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
     image is decoded once; a later run on the same images reads the result from the cache of datasets."""
 
-    def inspect(row):
-        image = load_image(row["image"])
+    def inspect(row, index):
+        try:
+            image, references = load_image(row["image"]), references_of(row)
+            sizes = [list(load_image(source).size) for source in references]
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
         bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-        references = references_of(row)
         return {
             "bucket": list(bucket),
             "image_hash": hash_image(row["image"]),
-            "reference_sizes": [list(load_image(source).size) for source in references],
+            "reference_sizes": sizes,
             "reference_hashes": [hash_image(source) for source in references],
         }
 
-    added = dataset.map(inspect, remove_columns=dataset.column_names, desc="images")
+    added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, desc="images")
     return concatenate_datasets([dataset, added], axis=1)
+
+
+def with_mirrored(dataset):
+    """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
+    hashes = [value + MIRRORED for value in dataset["image_hash"]]
+    return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
 
 
 def hash_image(source):
@@ -505,9 +692,10 @@ def layouts_of(dataset, args):
 
 
 def training_image(row):
-    """The row's image, resized and centre-cropped to its bucket."""
+    """The row's image, resized and centre-cropped to its bucket, and mirrored in rows of `with_mirrored`."""
     height, width = row["bucket"]
-    return ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(load_image(row["image"]), (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.mirror(image) if row["image_hash"].endswith(MIRRORED) else image
 
 
 @functools.lru_cache(maxsize=2)
@@ -588,9 +776,36 @@ class ContextCache:
         path = self.path(row, shown, caption)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         contexts = {"student": student, "teacher": teacher}
-        save_file({f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}, aside)
-        apply_umask(aside)
-        os.replace(aside, path)
+        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}
+        try:
+            with blamed_on(f"--context_cache_dir {self.folder}"):
+                save_file(tensors, aside, {"sha256": tensor_checksum(tensors)})
+                apply_umask(aside)
+                os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)  # of a full disk
+
+    def holds(self, path):
+        """Whether a context is there as it was written; a damaged file is named."""
+        if not os.path.exists(path):
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                good = file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()})
+        except Exception:  # of any kind: the damage may be anywhere
+            good = False
+        if not good:
+            logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
+        return good
+
+
+def tensor_checksum(tensors):
+    """Hash over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sees_references(args):
@@ -604,32 +819,79 @@ def weight_dtype_of(args):
 
 
 def check_contexts(family, args, dataset, pairs):
-    """Raises ValueError for a VLM that does not fit or a context that is too long; reads no weights."""
-    if args.teacher_context != "vlm":
-        return
+    """Raises ValueError for a VLM that does not fit, and for a text with a special token or a context that is too long; reads no
+    weights."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
-    if not args.vlm_model_name_or_path:
-        raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
-    encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    encoder.check_config(text_config)
-    ending = family.chat_ending(transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer"))
-    transformer_config = family.transformer_class.load_config(**base, subfolder="transformer")
-    longest = family.max_context_length(transformer_config, family.load_config(**base))
-    buckets = list(map(tuple, dataset["bucket"]))
-    without_caption = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
+        transformer_config, pipeline_config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
+        longest = family.max_context_length(transformer_config, pipeline_config)
+        longest_prompt, no_prompt = family.max_prompt_length(pipeline_config), family.prompt_length(tokenizer, "")
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
+    if not edit:
+        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
+        if not args.vlm_model_name_or_path:
+            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
+        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="config.json")
+        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
+            encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+            encoder.check_config(text_config)
+        check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
+        special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
+        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"]))
+        without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
-        if index is None:
-            continue
-        bucket = shown_row(buckets, index, args)
-        # a token is at least one byte: of most captions no token needs to be counted
-        length = without_caption[bucket] + len(caption.encode())
-        if length > longest and (length := encoder.context_length(caption, *bucket, ending)) > longest:
+        text = caption if index is None else caption + suffix
+        if token := next((token for token in special if token and token in text), None):
+            place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
+            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat and not as text; write it otherwise.")
+        # a token is at least one byte: of most texts no token needs to be counted
+        size, prompt = len(text.encode()), text if edit else caption
+        if not edit and index is not None:
+            bucket = shown_row(buckets, index, args)
+            if without_text[bucket] + size > longest and (length := encoder.context_length(text, *bucket, ending)) > longest:
+                raise ValueError(
+                    f"The teacher context of {place_of(dataset, index, caption, args)}, {caption[:60]!r}, has {length} tokens; the "
+                    f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
+                )
+        if no_prompt + size > longest_prompt and (length := family.prompt_length(tokenizer, prompt)) > longest_prompt:
             raise ValueError(
-                f"The teacher context of {dataset[index]['image']['path']} with caption {caption[:60]!r} has {length} tokens; the "
-                f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
+                f"{place_of(dataset, index, caption, args)}: {prompt[:60]!r} has {length} tokens; the text encoder is given at most "
+                f"{longest_prompt}, and the rest would be cut off. Shorten it."
             )
+
+
+def place_of(dataset, index, caption, args):
+    """Where a caption or prompt stands."""
+    if index is None:
+        lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
+        return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
+    if caption == args.instance_prompt:
+        return "--instance_prompt"
+    row = dataset[index]
+    if caption not in row["captions"]:
+        return "--validation_prompt"
+    return f"caption {row['captions'].index(caption) + 1} of row {index} ({row['image']['path'] or args.dataset_name})"
+
+
+def check_weights(flag, name, parts, variant=None):
+    """Raises ValueError for weights in a folder that are missing or cut off; only the beginnings of their files are read."""
+    if not Path(name).is_dir():
+        return  # what the Hub sends is checked as it arrives
+    if variant and not any(Path(name).glob(f"*/*.{variant}*")):
+        raise ValueError(f"--variant {variant}: {name} holds no such weights.")
+    for folder in (Path(name) / part for part in parts):
+        files = set(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"--{flag} {name}: {folder} holds no weights (*.safetensors).")
+        for index in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
+            with blamed_on(f"--{flag} {index}"):
+                files |= {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+        for file in sorted(files):
+            with blamed_on(f"--{flag} {file}"), safe_open(file, "pt"):
+                pass
 
 
 def check_packages(args, sharded=False):
@@ -675,37 +937,45 @@ def encode_batch(pipeline, args, cache, dataset, pairs):
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
+    """Encodes the (row index, caption) `pairs` that are not in the cache, or damaged there, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
-    paths = {(index, caption): cache.path(*rows_of(keys, index, args), caption) for index, caption in pairs}
     # rows with the same images and caption share a file
-    missing = list({path: pair for pair, path in paths.items() if not path.exists()}.values())
-    logger.info(f"Contexts: {len(missing)} of {len(set(paths.values()))} to encode.")
+    pair_of = {cache.path(*rows_of(keys, index, args), caption): (index, caption) for index, caption in pairs}
+    mine = list(pair_of)[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(mine, "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
+    missing = [pair_of[path] for path in bar if not cache.holds(path)]
+    logger.info(f"Contexts: {len(missing)} of {len(mine)} to encode in each process.")
+    if missing:
+        with blamed_on(f"--context_cache_dir {cache.folder}"):
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache.folder).close()
+        encode_missing(family, args, cache, dataset, missing, accelerator)
     accelerator.wait_for_everyone()
-    if not missing:
-        return
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    pipeline = family.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=weight_dtype_of(args),
-        quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
-        **({} if sees_references(args) else {"vae": None}),
-    ).to(accelerator.device)
+
+
+def encode_missing(family, args, cache, dataset, missing, accelerator):
+    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        pipeline = family.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=weight_dtype_of(args),
+            quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
+            **({} if sees_references(args) else {"vae": None}),
+        ).to(accelerator.device)
     if args.teacher_context == "vlm":
-        pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
+        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
+            pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for group in ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None]):
-        mine = group[accelerator.process_index :: accelerator.num_processes]
-        for start in tqdm(range(0, len(mine), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
-            encode_batch(pipeline, args, cache, dataset, mine[start : start + ENCODING_BATCH])
+    for group in filter(None, ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None])):
+        for start in tqdm(range(0, len(group), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
+            encode_batch(pipeline, args, cache, dataset, group[start : start + ENCODING_BATCH])
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
-    accelerator.wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------------------------------------- method
@@ -852,6 +1122,8 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
         contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
+    if getattr(args, "lora_dropout", 0):
+        torch.manual_seed(int(rng.integers(2**63)))
     return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
@@ -1097,13 +1369,13 @@ def find_checkpoint(args):
         try:
             state = read_state(path)
         except ValueError as error:
-            damage = f"--resume_from_checkpoint: {error}"
-            logger.warning(f"{damage}.")
+            damage = f"--resume_from_checkpoint {error}"
+            logger.warning(damage)
             continue
         if state["script"] != Path(__file__).name:
             raise ValueError(f"--resume_from_checkpoint {path} is of {state['script']}; go on with that script.")
         return state
-    raise ValueError(f"{damage}; no other checkpoint was tried." if not latest else f"{damage}; no checkpoint is whole.")
+    raise ValueError(f"{damage}; no checkpoint is whole." if latest else damage)
 
 
 def identity_of(args, dataset, cache):
@@ -1380,7 +1652,7 @@ def card_data(args, samples, tags):
 
 def training_command(args):
     """The command that trained this, without flags that have their default."""
-    defaults = vars(parse_args(["--pretrained_model_name_or_path", "", "--instance_data_dir", "", "--output_dir", ""]))
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]))
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
         if value is True:
@@ -1519,8 +1791,9 @@ def resolve_arguments(family, args):
         ValueError: the family has no such teacher, or takes no reference images.
     """
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
     args.teacher_context = args.teacher_context or family.teacher_contexts[0]
+    if args.teacher_context == "vlm":
+        args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
     if args.teacher_context not in family.teacher_contexts:
         raise ValueError(f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}.")
     if args.reference_column and "edit" not in family.teacher_contexts:
@@ -1549,20 +1822,34 @@ def check_inputs(args):
             raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
     if args.push_to_hub:
         validate_repo_id(repository_name(args))
-    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        family = family_of(args.pretrained_model_name_or_path, args.revision)
+        vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
+        multiple = family.size_multiple(vae_config)
+    check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, ["text_encoder", "transformer", "vae"], args.variant)
     resolve_arguments(family, args)
-    vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
-    multiple = family.size_multiple(vae_config)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets)
+    dataset = with_mirrored(dataset) if args.random_flip else dataset
+    if args.num_train_epochs:
+        batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(batches) / args.gradient_accumulation_steps)
+        args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")
     pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
-    pairs += [(None, prompt) for prompt in read_prior_prompts(args)]
+    prior_prompts = read_prior_prompts(args)
+    pairs += [(None, prompt) for prompt in prior_prompts]
+    counts = {
+        "images": len(dataset), "buckets": len(set(map(tuple, dataset["bucket"]))), "captions": sum(map(len, dataset["captions"])),
+        "references": sum(map(len, dataset["reference_hashes"])), "prior prompts": len(prior_prompts),
+    }  # fmt: skip
+    logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     check_contexts(family, args, dataset, pairs)
     cache = ContextCache(args)
     identity = identity_of(args, dataset, cache)
@@ -1614,15 +1901,16 @@ def save_memory_and_time(transformer, args):
 
 def load_for_training(family, args, quantization_config=None):
     """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
-    pipeline = family.from_pretrained(
-        args.pretrained_model_name_or_path,
-        text_encoder=None,
-        tokenizer=None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=weight_dtype_of(args),
-        quantization_config=quantization_config,
-    )
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        pipeline = family.from_pretrained(
+            args.pretrained_model_name_or_path,
+            text_encoder=None,
+            tokenizer=None,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=weight_dtype_of(args),
+            quantization_config=quantization_config,
+        )
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
@@ -1647,6 +1935,18 @@ def keep_dtype_of_norms(transformer):
     for module in transformer.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+def build_without_weights(family, args):
+    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes alone."""
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    parts = {"transformer": family.transformer_class, "vae": family.vae_class}
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"), torch.device("meta"):
+        parts = {name: kind.from_config(kind.load_config(**base, subfolder=name)) for name, kind in parts.items()}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(**base, subfolder="scheduler")
+    pipeline = family(scheduler, tokenizer=None, text_encoder=None, **parts)
+    pipeline.transformer.to(weight_dtype_of(args)).requires_grad_(False)
+    return pipeline
 
 
 def make_trainable(pipeline, args):
@@ -1871,6 +2171,7 @@ def main(args):
             lock = open_output_dir(args) if accelerator.is_main_process else None
             check_full_inputs(args, accelerator)
             family, dataset, pairs, cache, identity, state = check_inputs(args)
+            build_without_weights(family, args)  # configs that do not fit are found before weights load
     except (ValueError, OSError) as error:
         raise InputError(error) from error
     with explain_failures(encoding_savings(args)):
@@ -1906,9 +2207,14 @@ def main(args):
         lock.release()
 
 
+def run(main, parse_args, input_args=None):
+    """Runs a script with its command line; a mistake of the user ends it with one line and exit code 1."""
+    try:
+        main(parse_args(input_args))
+    except InputError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
     STOP.listen()
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(main, parse_args)

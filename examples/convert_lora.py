@@ -61,14 +61,19 @@ def scale_of(parts, kohya, config, alpha):
     """What A times B is multiplied with.
 
     Raises:
-        ValueError: alpha is not known.
+        ValueError: alpha is not known, or no number above 0.
     """
     rank = len(parts["A"])
     if kohya:
-        return parts["alpha"].item() / rank if "alpha" in parts else 1.0
-    alpha = alpha or config.get("lora_alpha")
+        alpha = parts["alpha"].squeeze().tolist() if "alpha" in parts else rank
+    elif alpha is None:
+        alpha = config.get("lora_alpha")
     if alpha is None:
         raise ValueError("the file holds no alpha: put adapter_config.json beside it or give --lora_alpha.")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"an alpha must be a number above 0, not {alpha}.")
+    if kohya:
+        return alpha / rank
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -80,6 +85,8 @@ def convert(file, shapes, alpha=None):
     """
     tensors, config_file = load_file(file), file.parent / "adapter_config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if not isinstance(config, dict):
+        raise ValueError("adapter_config.json beside the file is no adapter's.")
     for name in ("alpha_pattern", "use_dora"):
         if config.get(name):
             raise ValueError(f"{name} of adapter_config.json is not understood.")
@@ -88,7 +95,9 @@ def convert(file, shapes, alpha=None):
         if not parts.keys() >= {"A", "B"}:
             raise ValueError(f"{name} has only {' and '.join(parts)} of A and B.")
         a, b = parts["A"], parts["B"]
-        if a.shape != (len(a), shapes[name][1]) or b.shape != (shapes[name][0], len(a)):
+        if not all(t.is_floating_point() and t.float().isfinite().all() for t in (a, b)):
+            raise ValueError(f"{name} has weights that are no finite numbers.")
+        if not a.numel() or a.shape != (len(a), shapes[name][1]) or b.shape != (shapes[name][0], len(a)):
             raise ValueError(f"{name} is {tuple(b.shape)} x {tuple(a.shape)}, the base's layer is {shapes[name]}.")
         scaled = b.float() * scale_of(parts, kohya, config, alpha)
         dtype = b.dtype if torch.equal(scaled.to(b.dtype).float(), scaled) else torch.float32  # where half precision would round
@@ -112,7 +121,7 @@ def main(input_args=None):
         family = family_of(args.pretrained_model_name_or_path)
         weights = convert(args.lora, linear_shapes(family, args.pretrained_model_name_or_path), args.lora_alpha)
     except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {args.lora}: {error}")
+        sys.exit(f"error: {args.lora}: {' '.join(str(error).split())}")
     family.save_lora_weights(args.output_dir, transformer_lora_layers=weights, weight_name=LORA_WEIGHT_NAME)
     umask = os.umask(0)  # it is only read by setting it
     os.umask(umask)

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import train_dopsd_lora as script
-from conftest import HIDDEN, ROOT, save_base, save_images
+from conftest import HIDDEN, ROOT, guarded_environment, save_base, save_images
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -195,3 +195,15 @@ def test_command_line_ends_with_one_line_and_an_exit_code(flags, tmp_path, subpr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and str(tmp_path / "empty") in last
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "dataset_name"])
+def test_hub_that_cannot_be_reached_is_asked_once(flags, tmp_path, flag):
+    """A mistyped folder is taken for a repository, and the libraries ask for it for 40 s before they tell a riddle."""
+    changes = {"instance_data_dir": None} if flag == "dataset_name" else {}
+    command = [sys.executable, str(ROOT / "train_dopsd_lora.py"), *flags(tmp_path / "out", **{**changes, flag: "my_images"})]
+    result = subprocess.run(command, env=guarded_environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert f"--{flag} my_images is no folder" in line and "HF_HUB_OFFLINE=1" in line
+    assert len((tmp_path / "network.log").read_text().splitlines()) <= 2  # one is a question of the library, about who runs it

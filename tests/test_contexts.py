@@ -10,6 +10,7 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
+import train_dopsd_lora as script
 from conftest import CAPTIONS, CHAT_TEMPLATE, draw
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
@@ -187,6 +188,33 @@ def test_max_context_length_is_what_the_transformer_takes(pipeline):
         pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest, 64)}])
         with pytest.raises(IndexError):
             pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest + 1, 64)}])
+
+
+@pytest.mark.parametrize("damage", ["a bit", "half", "empty", "no checksum"])
+def test_damaged_contexts_are_encoded_anew(train, tmp_path, monkeypatch, caplog, damage):
+    """A bit that has flipped on the disk would be trained on for hours."""
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)  # in a batch, numbers would round otherwise
+    cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 1}
+    train(tmp_path / "first", context_cache_dir=cache, **small)
+    path = min(cache.iterdir())
+    content = path.read_bytes()
+    if damage == "no checksum":
+        save_file(load_file(path), path)
+    else:
+        damaged = {"a bit": content[:-9] + bytes([content[-9] ^ 64]) + content[-8:], "half": content[: len(content) // 2], "empty": b""}
+        path.write_bytes(damaged[damage])
+    train(tmp_path / "second", context_cache_dir=cache, **small)
+    assert [str(path) in message for message in caplog.messages if "damaged" in message] == [True]
+    assert path.read_bytes() == content
+
+
+def test_prompts_that_the_stock_pipeline_cuts_off(pipeline):
+    """The length that is refused must be the first at which the end of a prompt no longer counts."""
+    family, tokenizer = type(pipeline), pipeline.tokenizer
+    longest = family.max_prompt_length(pipeline.config)
+    prompt = next("so " * n for n in range(1, longest) if family.prompt_length(tokenizer, "so " * (n + 1)) > longest)
+    tokens = [len(pipeline.encode_student([prompt + more])[0]["prompt_embeds"]) for more in ("", "so " * 9)]
+    assert tokens == [family.prompt_length(tokenizer, prompt), longest] and tokens[0] <= longest
 
 
 def test_text_encoder_is_not_changed_by_the_transplant(vlm, pipeline):

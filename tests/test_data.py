@@ -86,6 +86,52 @@ def test_dataset_with_columns_of_other_names(read, tmp_path, images):
         read(instance_data_dir=None, dataset_name=tmp_path / "data", caption_column="label")
 
 
+def test_captions_in_text_files_of_capitals(read, images, tmp_path):
+    """Files of a camera or of Windows end in .TXT; without them, --instance_prompt would be trained on in silence."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "b.txt").rename(folder / "b.TXT")
+    assert read(instance_data_dir=folder, instance_prompt="another") == list(CAPTIONS.values())
+
+
+@pytest.mark.parametrize("names", [("my-test-shot.png", "dev_board.png"), ("train.png", "test.png"), ("validation-1.png", "a.png")])
+def test_names_of_images_mean_nothing(read, tmp_path, names):
+    """datasets takes a file with `test` or `dev` in its name for another split, which is not trained on."""
+    for name in names:
+        draw("ellipse", "blue").save(tmp_path / name)
+    assert len(read(instance_data_dir=tmp_path, instance_prompt="x")) == 2
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
+    assert read(instance_data_dir=tmp_path) == read(instance_data_dir=None, dataset_name=tmp_path) == [[name] for name in names]
+
+
+def test_dataset_of_images_alone(read, images, tmp_path):
+    """With --instance_prompt a dataset needs no further column."""
+    pictures = {"image": [str(images / "a.png"), str(images / "b.png")]}
+    Dataset.from_dict(pictures, features=Features({"image": ImageFeature()})).to_parquet(tmp_path / "data" / "train.parquet")
+    assert read(instance_data_dir=None, dataset_name=tmp_path / "data", instance_prompt="a thing") == [["a thing"]] * 2
+
+
+@pytest.mark.parametrize("form", ["texts", "metadata"])
+def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form):
+    """Whoever sees 3 images where there are 5 finds the mistake before the training, and not after it."""
+    folder = save_images(tmp_path / "images")
+    (folder / "sub").mkdir()
+    for name in ("e.gif", "sub/f.png", ".hidden.png"):
+        draw("ellipse", "blue").save(folder / name)
+    if form == "metadata":
+        rows = [{"file_name": name, "text": ["x", "y"]} for name in ("a.png", "sub/f.png")]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "prior.txt").write_text("a\nb\nc\n")
+    caplog.set_level("INFO", script.__name__)
+    train(tmp_path / "out", instance_data_dir=folder, prior_prompts=tmp_path / "prior.txt", max_train_steps=1, context_cache_dir=tmp_path / "c")
+    told = " ".join(caplog.messages)
+    if form == "texts":
+        assert "Training on 4 images, 1 buckets, 5 captions, 3 prior prompts." in told
+        assert f"Not used of {folder}: 2 files (e.gif, sub/f.png)." in told
+    else:
+        assert "Training on 2 images, 1 buckets, 4 captions, 3 prior prompts." in told
+        assert f"Not used of {folder}: 8 files (a.txt, b.png, b.txt, c.png, c.txt, ..)." in told
+
+
 def decode(path):
     image = load_image({"path": str(path), "bytes": None})
     assert image.mode == "RGB"
@@ -196,7 +242,7 @@ def test_cache_is_renewed_when_what_it_holds_changes(train, tmp_path, encoded):
 
     def encodes(**changes):
         encoded.clear()
-        train(tmp_path / "out", **{**common, **changes})
+        train(tmp_path / "out", "--overwrite_output_dir", **{**common, **changes})
         return sorted(caption for caption, _ in encoded)
 
     everything = sorted(c for captions in CAPTIONS.values() for c in captions)
@@ -364,3 +410,42 @@ def test_several_captions_are_drawn_at_random(train, tmp_path, monkeypatch):
     train(tmp_path / "out", instance_data_dir=folder, max_train_steps=12, rollout_steps=1)
     assert len(drawn) == 12 and 2 <= drawn.count("two") <= 10
     assert drawn not in (["one", "two"] * 6, ["two", "one"] * 6)
+
+
+# ------------------------------------------------------------------------------------------------------ flips and epochs
+def test_mirror_images_are_trained_on_with_contexts_of_their_own(train, tmp_path, monkeypatch):
+    """A mirrored image with the context of the other would teach the wrong side."""
+    seen, encode = [], DOPSDZImagePipeline.encode_teacher
+
+    def recorded(self, prompts, images, *others):
+        seen.extend(np.asarray(image) for image in images)
+        return encode(self, prompts, images, *others)
+
+    monkeypatch.setattr(DOPSDZImagePipeline, "encode_teacher", recorded)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = draw("rectangle", "red")
+    picture.paste("blue", (0, 0, 10, 40))
+    picture.save(folder / "a.png")
+    common = {"instance_data_dir": folder, "instance_prompt": "x", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    train(tmp_path / "one", **common)
+    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 1
+    train(tmp_path / "two", "--random_flip", **common)
+    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 2  # the first is known
+    assert np.array_equal(seen[0], seen[1][:, ::-1]) and not np.array_equal(seen[0], seen[1])
+
+
+def test_epochs_are_counted_in_optimisation_steps(flags, tmp_path):
+    """As many steps as show each image so often, whatever batch and accumulation."""
+
+    def steps(*switches, **changes):
+        args = script.parse_args(flags(tmp_path / "out", *switches, max_train_steps=None, **changes))
+        script.make_accelerator(args)
+        script.check_inputs(args)
+        assert args.num_train_epochs is None
+        return args.max_train_steps
+
+    assert steps(num_train_epochs=2) == 8
+    assert steps(num_train_epochs=2, gradient_accumulation_steps=3) == 3
+    assert steps(num_train_epochs=3, train_batch_size=3) == 6  # a short batch is filled up
+    assert steps("--random_flip", num_train_epochs=1) == 8

@@ -362,7 +362,7 @@ def test_weights_are_saved_in_the_dtype_of_the_base(train_full, tmp_path):
 @pytest.mark.parametrize(
     ("switches", "changes", "words"),
     [
-        ([], {"ema_refresh_steps": 0}, "--ema_refresh_steps must be at least 1"),
+        ([], {"ema_refresh_steps": 0}, "--ema_refresh_steps: must be a whole number, at least 1"),
         (["--use_8bit_adam", "--stochastic_rounding"], {}, "leave out --use_8bit_adam"),
         (["--fused_backward_pass"], {"optimizer": "prodigy", "learning_rate": 1.0, "max_grad_norm": 0}, "--optimizer prodigy"),
         (["--fused_backward_pass"], {}, "--max_grad_norm 0"),

@@ -42,6 +42,7 @@ def bench(**changes):
     defaults |= {
         "lora_alpha": 16,
         "use_rslora": False,
+        "lora_dropout": 0.0,
         "lora_layers": None,
         "ema_decay": 0.9999,
         "loss_weighting": "velocity",

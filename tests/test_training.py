@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_dopsd_lora as script
 from conftest import LORA, WEIGHTS, patch_velocity, run_two_processes
 from pipeline_dopsd import DOPSDZImagePipeline
 
@@ -372,3 +373,28 @@ def test_seed_makes_a_run_repeatable(train_any, tmp_path):
     assert_equal(first / train_any.result, second / train_any.result)
     other = load_file(train_any(tmp_path / "3", seed=1) / train_any.result)
     assert not any(torch.equal(w, other[n]) for n, w in load_file(first / train_any.result).items())
+
+
+def test_dropout_follows_from_the_step_and_spares_the_teacher(train, tmp_path, monkeypatch):
+    """A resumed run would drop other inputs; a teacher with holes would teach them."""
+    dropout = {"lora_dropout": 0.5, "max_train_steps": 4}
+    whole = train(tmp_path / "whole", **dropout)
+    part = train(tmp_path / "part", **{**dropout, "max_train_steps": 2})
+    train(part, **dropout, resume_from_checkpoint="latest")
+    weights = load_file(whole / train.result)
+    assert all(torch.equal(weights[name], other) for name, other in load_file(part / train.result).items())
+    plain = load_file(train(tmp_path / "plain", max_train_steps=4) / train.result)
+    assert any(not torch.equal(weights[name], plain[name]) for name in plain)
+
+
+def test_dropout_is_of_the_student_alone(pipeline, flags, tmp_path):
+    """Teacher and validation pictures are drawn without gradients."""
+    args = script.parse_args(flags(tmp_path, lora_dropout=0.5))
+    pipeline.transformer.requires_grad_(False)
+    script.add_lora(pipeline, ["layers.0.attention.to_q"], args)
+    layer = pipeline.transformer.layers[0].attention.to_q
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    given = torch.randn(3, layer.in_features)
+    assert not torch.equal(layer(given), layer(given))
+    with torch.no_grad():
+        assert torch.equal(layer(given), layer(given))

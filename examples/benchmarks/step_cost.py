@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
     args.loss_weighting, args.gradient_accumulation_steps = "velocity", 1
-    args.attention_backend, args.compile_blocks, args.lora_alpha, args.use_rslora = None, False, args.rank, False
+    args.attention_backend, args.compile_blocks, args.lora_alpha, args.use_rslora, args.lora_dropout = None, False, args.rank, False, 0.0
     bench, rollout_steps = Bench(args), args.rollout_steps
     device = bench.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
