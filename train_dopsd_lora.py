@@ -125,10 +125,10 @@ LOSSES_NAME = "losses.csv"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME, "loss.png"]
 # flags that a resumed run must share with the run before it
 FIXED_ON_RESUME = {
-    "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "ema_decay", "loss_weighting", "train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_8bit_adam",
-    "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column", "prior_prompts", "prior_every",
-    "encoder_quantization", "quantization",
+    "rank", "lora_alpha", "use_rslora", "lora_layers", "seed", "rollout_steps", "states_per_rollout", "ema_decay", "loss_weighting",
+    "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
+    "adam_epsilon", "use_8bit_adam", "teacher_context", "teacher_image", "teacher_prompt_suffix", "reference_column",
+    "prior_prompts", "prior_every", "encoder_quantization", "quantization",
 }  # fmt: skip
 # bytes of a weight, with its share of the scales
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
@@ -181,6 +181,8 @@ def add_data_arguments(parser):
 def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=int, default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--states_per_rollout", type=int, default=1, help="M: states of each rollout that are trained, drawn so that all come equally "
+        "often; the rollout ends after the last. The mean gradient is that of all K.")
     add("--num_inference_steps", type=int, help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
     add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
@@ -261,10 +263,12 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
-    for name in ("rollout_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
+    for name in ("rollout_steps", "states_per_rollout", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "resolution",
                  "checkpointing_steps", "num_validation_images", "rank", "ema_refresh_steps"):  # fmt: skip
         if getattr(args, name, 1) < 1:  # the last two are of one script each
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.states_per_rollout > args.rollout_steps:
+        parser.error(f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}")
     if not 0.0 <= args.ema_decay <= 1.0:
         parser.error(f"--ema_decay must be between 0 and 1, not {args.ema_decay}")
     if not 0.0 < args.checkpointed_blocks <= 1.0:
@@ -677,13 +681,13 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 # ------------------------------------------------------------------------------------------------------------- method
 def state_loss(student_velocity, teacher_velocity, sigma, weighting):
-    """w_k || u_s - sg(u_t) ||^2, mean over elements.
+    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state.
 
     w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
     the authors' code trains with.
     """
     weight = sigma**2 if weighting == "x0" else 1.0
-    return weight * torch.nn.functional.mse_loss(student_velocity, teacher_velocity.detach())
+    return weight * (student_velocity - teacher_velocity.detach()).square().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -693,40 +697,68 @@ def update_ema(shadow, parameters, decay):
         average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
 
-def rollout(pipeline, transformer, teacher, batch, args, accelerator):
-    """Yields w_k || u_s - sg(u_t) ||^2 for each state of the student's own K-step rollout.
+def draw_states(args, micro_step, process, num_processes):
+    """The M of K states, in ascending order, at which each image of a process's micro-batch is trained.
 
-    At state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
-                       u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
-                       x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
-    States are not differentiated through, and the forward that drives the rollout is the one that is trained.
+    Of K consecutive images of the run every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone.
     """
-    latents, student_contexts, teacher_contexts = batch
-    for k, timestep in enumerate(pipeline.few_step_grid(args.rollout_steps, latents)):
+    drawn, batch_size = [], args.train_batch_size
+    for slot in range(process * batch_size, (process + 1) * batch_size):
+        cycle, place = divmod(micro_step * num_processes * batch_size + slot, args.rollout_steps)
+        # 2**40 is no micro-step, so that no other draw has these numbers
+        order = np.random.default_rng([args.seed, 2**40, cycle]).permutation(args.rollout_steps)
+        drawn.append(sorted(np.roll(order, -place * args.states_per_rollout)[: args.states_per_rollout].tolist()))
+    return drawn
+
+
+def rollout(pipeline, transformer, teacher, batch, args, accelerator):
+    """Yields, for the first, second, .. M-th drawn state k of every image, k and w_k || u_s - sg(u_t) ||^2, both (B,).
+
+    At a drawn state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
+                               u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
+    From every state:          x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
+    States are not differentiated through, the forward that drives the rollout is the one that is trained, and nothing is
+    computed after the last drawn state. Each k is drawn with probability M / K, so that the mean over the drawn states has
+    the expectation (1/K) sum_k w_k || u_s - sg(u_t) ||^2: the paper's loss.
+    """
+    latents, student_contexts, teacher_contexts, drawn = batch
+    timesteps, sigmas = pipeline.few_step_grid(args.rollout_steps, latents), pipeline.scheduler.sigmas
+    latents, steps, starts = latents.clone(), sigmas.diff().view(-1, 1, 1, 1), [0] * len(latents)
+    for ends in zip(*drawn):
+        for k in range(max(ends)):  # those images alone that are not yet where they are trained
+            moving = [i for i, (start, end) in enumerate(zip(starts, ends)) if start <= k < end]
+            if moving:
+                with torch.no_grad(), accelerator.autocast():
+                    contexts = [student_contexts[i] for i in moving]
+                    velocity = pipeline.velocity(pipeline.transformer, latents[moving], timesteps[k], contexts)
+                latents[moving] += steps[k] * velocity
+        k = torch.tensor(ends, device=latents.device)
         # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
         with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
-            teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
+            teacher_velocity = pipeline.velocity(network, latents, timesteps[k], teacher_contexts)
         with accelerator.autocast():
-            student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
-        yield state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
-        latents = pipeline.scheduler.step(student_velocity.detach(), timestep, latents, return_dict=False)[0]
+            student_velocity = pipeline.velocity(transformer, latents, timesteps[k], student_contexts)
+        yield k, state_loss(student_velocity, teacher_velocity, sigmas[k], args.loss_weighting)
+        latents, starts = latents + steps[k] * student_velocity.detach(), [end + 1 for end in ends]
 
 
-def backward_each_state(losses, transformer, args, accelerator, synchronize):
-    """Accumulates the gradient of L = (1/K) sum_k loss_k and returns the K losses (K,).
+def backward_each_state(states, transformer, args, accelerator, synchronize):
+    """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns sums of losses and counts of each state (2, K).
 
-    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with K.
+    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with M.
     `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with FSDP
     every backward does, because gradients that wait for others are held whole).
     """
-    values = []
-    for k in range(args.rollout_steps):
-        last = synchronize and k == args.rollout_steps - 1
+    table = torch.zeros(2, args.rollout_steps, device=accelerator.device)
+    for number in range(args.states_per_rollout):
+        last = synchronize and number == args.states_per_rollout - 1
         with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(transformer):
-            loss = next(losses)
-            accelerator.backward(loss / (args.rollout_steps * args.gradient_accumulation_steps))
-        values.append(loss.detach())
-    return torch.stack(values)
+            k, losses = next(states)
+            if getattr(args, "fused_backward_pass", False):  # of the full script: weights change during the backward
+                check_finite(losses.tolist())
+            accelerator.backward(losses.mean() / (args.states_per_rollout * args.gradient_accumulation_steps))
+        table.index_add_(1, k, torch.stack([losses.detach(), torch.ones_like(losses)]))
+    return table
 
 
 class LoRATeacher:
@@ -1065,8 +1097,8 @@ image = pipe(prompt={prompt}, height={args.resolution}, width={args.resolution},
 
 ## Training
 
-{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
-the student with decay {args.ema_decay}, saw {shown} {way}.
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained, learning rate
+{args.learning_rate}. The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ```bash
 {training_command(args)}
@@ -1409,7 +1441,7 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 def estimate_memory(pipeline, targets, batch, args, accelerator):
     """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
-    gradients, optimiser) and of the `activations`. Two states of a step are run on the meta device: nothing is allocated.
+    gradients, optimiser) and of the `activations`. Up to two states of a step are run on the meta device: nothing is allocated.
 
     Args:
         pipeline: see `build_without_weights`; it is given the LoRA.
@@ -1426,8 +1458,10 @@ def estimate_memory(pipeline, targets, batch, args, accelerator):
         unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
         PeakMemory([*transformer.parameters(), *teacher.shadow]) as memory,
     ):
-        for loss in itertools.islice(rollout(pipeline, transformer, teacher, batch, args, accelerator), 2):
-            loss.backward()
+        batch = *batch, draw_states(args, 0, 0, 1)
+        rollouts = (rollout(pipeline, transformer, teacher, batch, args, accelerator) for _ in range(args.gradient_accumulation_steps))
+        for _, losses in itertools.islice(itertools.chain.from_iterable(rollouts), 2):
+            losses.mean().backward()
     count = sum(p.numel() for p in parameters)
     bytes_of = QUANTIZED_BYTES.get(args.quantization)
     weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
@@ -1507,17 +1541,19 @@ def check_finite(losses, grad_norm=0.0):
 
 
 def log_steps(pending, started, bar, args, accelerator):
-    """Logs the steps since `started`: `pending` holds of each the step, the losses (K,), the gradient norm and the learning rate.
+    """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state (2, K), the
+    gradient norm and the learning rate. A state that was not drawn is left out.
 
     Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
-    table = torch.stack([torch.cat([losses, norm.view(1)]) for _, losses, norm, _ in pending]).tolist()
+    table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
-    for (step, *_, lr), (*losses, grad_norm) in zip(pending, table, strict=True):
+    for (step, *_, lr), (*sums_and_counts, grad_norm) in zip(pending, table, strict=True):
+        sums, counts = sums_and_counts[: args.rollout_steps], sums_and_counts[args.rollout_steps :]
         # with fp16 the gradient scaler skips a step whose gradient is not finite
-        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
-        loss = sum(losses) / len(losses)
-        states = {f"loss/state_{k + 1}": value for k, value in enumerate(losses)}
+        check_finite(sums, grad_norm if accelerator.scaler is None else 0.0)
+        loss = sum(sums) / sum(counts)
+        states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
         if accelerator.is_main_process:
             with open(Path(args.output_dir) / LOSSES_NAME, "a") as file:
@@ -1546,9 +1582,8 @@ def explain_out_of_memory(savings):
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
 
 
-def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_scheduler, dataset, cache, first_step, publish, args,
-          accelerator):  # fmt: skip
-    """The training loop: validation, rollouts (`losses_of`) with their backwards, clipping, update, EMA, log, checkpoint."""
+def train(pipeline, transformer, teacher, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator):
+    """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
@@ -1557,21 +1592,24 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
         validate(0)
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
+    processes = accelerator.process_index, accelerator.num_processes
+    # FSDP gathers weights in every forward, too: all processes must make the same ones
+    drawing = (0, 1) if accelerator.is_fsdp2 else processes
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started = [], time.perf_counter()
     for step in bar:
-        losses = 0.0
+        table = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(layouts, args.train_batch_size, micro_step, accelerator.process_index,
-                               accelerator.num_processes, args.seed)  # fmt: skip
+            draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
             prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
             batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
+            batch = *batch, draw_states(args, micro_step, *drawing)
+            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
-            losses += backward(states, transformer, args, accelerator, synchronize)
-        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
+            table += backward_each_state(states, transformer, args, accelerator, synchronize)
+        table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         optimizer.step()
@@ -1580,7 +1618,7 @@ def train(pipeline, transformer, teacher, losses_of, backward, optimizer, lr_sch
         teacher.step()
 
         done = step + 1
-        pending.append((done, losses, grad_norm.to(losses), lr_scheduler.get_last_lr()[0]))
+        pending.append((done, table, grad_norm.to(table), lr_scheduler.get_last_lr()[0]))
         last = done == args.max_train_steps
         showing = validating and (done % args.validation_steps == 0 or last)
         saving = done % args.checkpointing_steps == 0 or last
@@ -1633,8 +1671,7 @@ def main(args):
         accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
     publish = functools.partial(publish_lora, pipeline, targets, gallery(dataset, args), args, accelerator)
     with explain_out_of_memory(lora_savings(args)):
-        train(pipeline, transformer, teacher, rollout, backward_each_state, optimizer, lr_scheduler, dataset, cache, first_step,
-              publish, args, accelerator)  # fmt: skip
+        train(pipeline, transformer, teacher, optimizer, lr_scheduler, dataset, cache, first_step, publish, args, accelerator)
     publish(args.max_train_steps)
     accelerator.end_training()
 

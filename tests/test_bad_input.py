@@ -103,7 +103,7 @@ def test_vlm_of_another_width(refused, wide_vlm):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("rollout_steps", 0), ("rollout_steps", -1), ("train_batch_size", 0), ("gradient_accumulation_steps", 0),
+        ("rollout_steps", 0), ("rollout_steps", -1), ("states_per_rollout", 0), ("states_per_rollout", 3), ("train_batch_size", 0), ("gradient_accumulation_steps", 0),
         ("max_train_steps", 0), ("checkpointing_steps", 0), ("rank", 0), ("ema_decay", 1.5), ("ema_decay", -0.1),
         ("loss_weighting", "other"), ("num_validation_images", 0), ("lr_scheduler", "piecewise_constant"),
     ],
@@ -199,7 +199,7 @@ def test_half_written_checkpoint(refused, output, name, damage):
 
 OTHER = {
     "rank": 8, "seed": 3, "rollout_steps": 3, "train_batch_size": 2, "ema_decay": 0.5, "gradient_accumulation_steps": 5,
-    "learning_rate": 0.5, "adam_beta2": 0.5, "loss_weighting": "x0",
+    "learning_rate": 0.5, "adam_beta2": 0.5, "loss_weighting": "x0", "states_per_rollout": 2,
 }  # fmt: skip
 
 

@@ -55,6 +55,14 @@ def wrong_folder(name, folder):
     return folder
 
 
+def training_flags(model, data, folder, rate, seed):
+    """What all runs on a miniature have in common."""
+    flags = ["--pretrained_model_name_or_path", HERE / model, "--vlm_model_name_or_path", HERE / "vlm"]
+    flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
+    flags += ["--learning_rate", rate, "--seed", seed, "--lr_scheduler", "cosine", "--report_to", "none", "--mixed_precision", "no"]
+    return [*flags, "--checkpointing_steps", 100_000]
+
+
 def train(job):
     """Trains one LoRA, unless it is there, and returns its folder."""
     method, name, rate, seed, args = job
@@ -69,13 +77,11 @@ def train(job):
         data = HERE / "concepts" / name
         if method == "control":
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
-        flags = ["--pretrained_model_name_or_path", HERE / args.model, "--vlm_model_name_or_path", HERE / "vlm"]
-        flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
-        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", seed]
-        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--report_to", "none"]
-        flags += ["--lr_scheduler", "cosine", "--checkpointing_steps", 100_000, "--validation_steps", 0, "--mixed_precision", "no"]
+        flags = training_flags(args.model, data, folder, rate, seed)
+        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--validation_steps", 0]
+        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12)]
         if method not in PASSES:
-            flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
+            flags += ["--ema_decay", args.ema_decay, "--num_inference_steps", STEPS, "--states_per_rollout", 4]
         if method == "prior" or (args.model == "klein" and method not in PASSES):
             flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
         if "_" in method:

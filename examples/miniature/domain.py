@@ -59,7 +59,7 @@ def train(method, rate, args):
         script = [ROOT / "examples" / "train_sft.py", "--full"]
     else:
         script = [ROOT / "train_dopsd_full.py", "--context_cache_dir", args.work_dir / "contexts"]
-        flags += ["--ema_decay", args.ema_decay]
+        flags += ["--ema_decay", args.ema_decay, "--states_per_rollout", 4]
     if "prior" in method:
         flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
     subprocess.run([sys.executable, *map(str, script), *map(str, flags)], check=True)
