@@ -18,7 +18,6 @@ before the step.
 """
 
 import argparse
-import functools
 import json
 import math
 import statistics
@@ -143,17 +142,27 @@ def ends(rollout_steps, count):
     return [(states, math.comb(states[-1], count - 1) / math.comb(rollout_steps, count)) for states in draws]
 
 
-def time_variants(bench, names, repetitions):
-    """Median seconds of each variant, mean over the ends of the rollout."""
-    draws = ends(bench.args.rollout_steps, bench.args.states_per_rollout)
-    works = {(name, i): lambda name=name, i=i: VARIANTS[name](bench, draws[i][0]) for name in names for i in range(len(draws))}
-    for work in works.values():
-        work()  # what is done once
-    times = {key: [] for key in works}
-    for _ in range(repetitions):
-        for key, work in works.items():
-            times[key].append(seconds_of(work, bench.accelerator.device))
-    return {name: sum(share * statistics.median(times[name, i]) for i, (_, share) in enumerate(draws)) for name in names}
+def work_of(bench, count, name, states):
+    """One step of the variant `name` with M = `count`, as a function without arguments."""
+
+    def work():
+        bench.args.states_per_rollout = count
+        VARIANTS[name](bench, states)
+
+    return work
+
+
+def time_variants(bench, variants, repetitions):
+    """Median seconds of each (M, name) in `variants`, mean over the ends of the rollout."""
+    works = [(variant, states, share) for variant in variants for states, share in ends(bench.args.rollout_steps, variant[0])]
+    times = [[] for _ in works]
+    for _ in range(repetitions + 1):
+        for (variant, states, _), seconds in zip(works, times):
+            seconds.append(seconds_of(work_of(bench, *variant, states), bench.accelerator.device))
+    means = dict.fromkeys(variants, 0.0)
+    for (variant, _, share), seconds in zip(works, times):
+        means[variant] += share * statistics.median(seconds[1:])  # the first does what is done once
+    return means
 
 
 def seconds_of(work, device):
@@ -204,20 +213,16 @@ def main():
     print(f"{name}; torch {torch.__version__}; {args.size}, {count / 1e6:.0f} M parameters; {vars(args)}")
     print("| K | M | variant | seconds (median) | ratio to its floor | to the step of all states | to an SFT step | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for args.rollout_steps in rollout_steps:
-        every = args.rollout_steps
-        for args.states_per_rollout in sorted({1, 2, every} & set(range(1, every + 1)), reverse=True):
-            names = [name for name in VARIANTS if name in ("step", "floor", "sft", *args.variants)]
-            if args.states_per_rollout < every:
-                names = ["step", "floor"]
-            seconds = time_variants(bench, names, args.repetitions)
-            if args.states_per_rollout == every:
-                whole, sft = seconds["step"], seconds["sft"]
-            for name in names:
-                ratios = [seconds[name] / other for other in (seconds["floor"], whole, sft)]
-                work = functools.partial(VARIANTS[name], bench, ends(every, args.states_per_rollout)[-1][0])
-                cells = [every, args.states_per_rollout, name, f"{seconds[name]:.4g}", *(f"{ratio:.3f}" for ratio in ratios)]
-                print(f"| {' | '.join(map(str, cells))} | {peak_bytes(work, device) / 2**20:.0f} |", flush=True)
+    for every in rollout_steps:
+        args.rollout_steps = every
+        variants = [(every, name) for name in VARIANTS if name in ("step", "floor", "sft", *args.variants)]
+        variants += [(count, name) for count in (2, 1) if count < every for name in ("step", "floor")]
+        seconds = time_variants(bench, variants, args.repetitions)
+        for count, name in variants:
+            ratios = [seconds[count, name] / seconds[other] for other in ((count, "floor"), (every, "step"), (every, "sft"))]
+            peak = peak_bytes(work_of(bench, count, name, ends(every, count)[-1][0]), device) / 2**20
+            cells = [every, count, name, f"{seconds[count, name]:.4g}", *(f"{ratio:.3f}" for ratio in ratios), f"{peak:.0f}"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":
