@@ -530,7 +530,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         return timesteps
 
     @classmethod
-    @functools.lru_cache(maxsize=8)
+    @functools.lru_cache(maxsize=32)
     def position_ids(cls, batch_size: int, tokens: int, size: tuple, reference_sizes: tuple, device: torch.device):
         """Stock ids of text (B, tokens, 4) and of image and references (B, all h * w, 4); kept, as they depend on sizes alone."""
         text_ids = cls._prepare_text_ids(torch.empty(batch_size, tokens, 1))

@@ -250,6 +250,8 @@ def add_data_arguments(parser):
 def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=number(int, low=1), default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--states_per_rollout", type=number(int, low=1), default=1, help="M: states of each rollout that are trained, drawn so that "
+        "all come equally often; the rollout ends after the last. The mean gradient is that of all K.")
     add("--num_inference_steps", type=number(int, low=1), help="Steps that users will run: of the validation pictures, and the default of "
         "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
     add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
@@ -336,6 +338,8 @@ def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
+    if args.states_per_rollout > args.rollout_steps:
+        parser.error(f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         parser.error("--overwrite_output_dir starts anew: leave out --resume_from_checkpoint")
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
@@ -978,13 +982,13 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
 
 # ------------------------------------------------------------------------------------------------------------- method
 def state_loss(student_velocity, teacher_velocity, sigma, weighting):
-    """w_k || u_s - sg(u_t) ||^2, mean over elements.
+    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state.
 
     w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
     the authors' code trains with.
     """
     weight = sigma**2 if weighting == "x0" else 1.0
-    return weight * torch.nn.functional.mse_loss(student_velocity, teacher_velocity.detach())
+    return weight * (student_velocity - teacher_velocity.detach()).square().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -994,40 +998,68 @@ def update_ema(shadow, parameters, decay):
         average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
 
-def rollout(pipeline, transformer, teacher, batch, args, accelerator):
-    """Yields w_k || u_s - sg(u_t) ||^2 for each state of the student's own K-step rollout.
+def draw_states(args, micro_step, process, num_processes):
+    """The M of K states, in ascending order, at which each image of a process's micro-batch is trained.
 
-    At state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
-                       u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
-                       x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
-    States are not differentiated through, and the forward that drives the rollout is the one that is trained.
+    Of K consecutive images of the run every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone.
     """
-    latents, student_contexts, teacher_contexts = batch
-    for k, timestep in enumerate(pipeline.few_step_grid(args.rollout_steps, latents)):
+    drawn, batch_size = [], args.train_batch_size
+    for slot in range(process * batch_size, (process + 1) * batch_size):
+        cycle, place = divmod(micro_step * num_processes * batch_size + slot, args.rollout_steps)
+        # 2**40 is no micro-step, so that no other draw has these numbers
+        order = np.random.default_rng([args.seed, 2**40, cycle]).permutation(args.rollout_steps)
+        drawn.append(sorted(np.roll(order, -place * args.states_per_rollout)[: args.states_per_rollout].tolist()))
+    return drawn
+
+
+def rollout(pipeline, transformer, teacher, batch, args, accelerator):
+    """Yields, for the first, second, .. M-th drawn state k of every image, k and w_k || u_s - sg(u_t) ||^2, both (B,).
+
+    At a drawn state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
+                               u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
+    From every state:          x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
+    States are not differentiated through, the forward that drives the rollout is the one that is trained, and nothing is
+    computed after the last drawn state. Each k is drawn with probability M / K, so that the mean over the drawn states has
+    the expectation (1/K) sum_k w_k || u_s - sg(u_t) ||^2: the paper's loss.
+    """
+    latents, student_contexts, teacher_contexts, drawn = batch
+    timesteps, sigmas = pipeline.few_step_grid(args.rollout_steps, latents), pipeline.scheduler.sigmas
+    latents, steps, starts = latents.clone(), sigmas.diff().view(-1, 1, 1, 1), [0] * len(latents)
+    for ends in zip(*drawn):
+        for k in range(max(ends)):  # those images alone that are not yet where they are trained
+            moving = [i for i, (start, end) in enumerate(zip(starts, ends)) if start <= k < end]
+            if moving:
+                with torch.no_grad(), accelerator.autocast():
+                    contexts = [student_contexts[i] for i in moving]
+                    velocity = pipeline.velocity(pipeline.transformer, latents[moving], timesteps[k], contexts)
+                latents[moving] += steps[k] * velocity
+        k = torch.tensor(ends, device=latents.device)
         # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
         with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
-            teacher_velocity = pipeline.velocity(network, latents, timestep, teacher_contexts)
+            teacher_velocity = pipeline.velocity(network, latents, timesteps[k], teacher_contexts)
         with accelerator.autocast():
-            student_velocity = pipeline.velocity(transformer, latents, timestep, student_contexts)
-        yield state_loss(student_velocity, teacher_velocity, pipeline.scheduler.sigmas[k], args.loss_weighting)
-        latents = pipeline.scheduler.step(student_velocity.detach(), timestep, latents, return_dict=False)[0]
+            student_velocity = pipeline.velocity(transformer, latents, timesteps[k], student_contexts)
+        yield k, state_loss(student_velocity, teacher_velocity, sigmas[k], args.loss_weighting)
+        latents, starts = latents + steps[k] * student_velocity.detach(), [end + 1 for end in ends]
 
 
-def backward_each_state(losses, transformer, args, accelerator, synchronize):
-    """Accumulates the gradient of L = (1/K) sum_k loss_k and returns the K losses (K,).
+def backward_each_state(states, transformer, args, accelerator, synchronize):
+    """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns sums of losses and counts of each state (2, K).
 
-    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with K.
+    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with M.
     `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with FSDP
     every backward does, because gradients that wait for others are held whole).
     """
-    values = []
-    for k in range(args.rollout_steps):
-        last = synchronize and k == args.rollout_steps - 1
+    table = torch.zeros(2, args.rollout_steps, device=accelerator.device)
+    for number in range(args.states_per_rollout):
+        last = synchronize and number == args.states_per_rollout - 1
         with contextlib.nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(transformer):
-            loss = next(losses)
-            accelerator.backward(loss / (args.rollout_steps * args.gradient_accumulation_steps))
-        values.append(loss.detach())
-    return torch.stack(values)
+            k, losses = next(states)
+            if getattr(args, "fused_backward_pass", False):  # of the full script: weights change during the backward
+                check_finite(losses.tolist())
+            accelerator.backward(losses.mean() / (args.states_per_rollout * args.gradient_accumulation_steps))
+        table.index_add_(1, k, torch.stack([losses.detach(), torch.ones_like(losses)]))
+    return table
 
 
 class LoRATeacher:
@@ -1354,7 +1386,8 @@ def sample_weights(args):
 def check_resume(state, identity, args):
     """Raises ValueError where going on from a checkpoint would be another training; see `MAY_CHANGE`."""
     checkpoint = state["path"]
-    for name, value in state["settings"].items():
+    # flags that follow from others are None, and come last
+    for name, value in sorted(state["settings"].items(), key=lambda item: getattr(args, item[0], None) is None):
         if name not in MAY_CHANGE and value != getattr(args, name, None):
             raise ValueError(f"--{name} is {getattr(args, name, None)}, but {checkpoint} was trained with {value}.")
     for name, value in state["identity"].items():
@@ -1649,8 +1682,8 @@ image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resol
 
 ## Training
 
-{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, learning rate {args.learning_rate}. The teacher, an average of
-the student with decay {args.ema_decay}, saw {shown} {way}.
+{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained, learning rate
+{args.learning_rate}. The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ```bash
 {training_command(args)}
@@ -2005,17 +2038,19 @@ def check_finite(losses, grad_norm=0.0):
 
 
 def log_steps(pending, started, bar, args, accelerator):
-    """Logs the steps since `started`: `pending` holds of each the step, the losses (K,), the gradient norm and the learning rate.
+    """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state (2, K), the
+    gradient norm and the learning rate. A state that was not drawn is left out.
 
     Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
-    table = torch.stack([torch.cat([losses, norm.view(1)]) for _, losses, norm, _ in pending]).tolist()
+    table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
-    for (step, *_, lr), (*losses, grad_norm) in zip(pending, table, strict=True):
+    for (step, *_, lr), (*sums_and_counts, grad_norm) in zip(pending, table, strict=True):
+        sums, counts = sums_and_counts[: args.rollout_steps], sums_and_counts[args.rollout_steps :]
         # with fp16 the gradient scaler skips a step whose gradient is not finite
-        check_finite(losses, grad_norm if accelerator.scaler is None else 0.0)
-        loss = sum(losses) / len(losses)
-        states = {f"loss/state_{k + 1}": value for k, value in enumerate(losses)}
+        check_finite(sums, grad_norm if accelerator.scaler is None else 0.0)
+        loss = sum(sums) / sum(counts)
+        states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
     bar.set_postfix(loss=loss, lr=lr)
 
@@ -2055,23 +2090,26 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         validate(0)
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
+    processes = accelerator.process_index, accelerator.num_processes
+    # FSDP gathers weights in every forward, too: all processes must make the same ones
+    drawing = (0, 1) if accelerator.is_fsdp2 else processes
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started, STOP.training = [], time.perf_counter(), True
     for step in bar:
         # what an update rounds at random is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
-        losses = 0.0
+        table = 0.0
         for micro in range(args.gradient_accumulation_steps):
             micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(layouts, args.train_batch_size, micro_step, accelerator.process_index,
-                               accelerator.num_processes, args.seed)  # fmt: skip
+            draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
             prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
             batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
+            batch = *batch, draw_states(args, micro_step, *drawing)
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
-            losses += backward_each_state(states, transformer, args, accelerator, synchronize)
-        losses = accelerator.reduce(losses / args.gradient_accumulation_steps, "mean")
+            table += backward_each_state(states, transformer, args, accelerator, synchronize)
+        table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         optimizer.step()
@@ -2080,7 +2118,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         teacher.step()
 
         done = step + 1
-        pending.append((done, losses, grad_norm.to(losses), training.lr_scheduler.get_last_lr()[0]))
+        pending.append((done, table, grad_norm.to(table), training.lr_scheduler.get_last_lr()[0]))
         last, stopped = done == args.max_train_steps, STOP.asked(accelerator)
         showing = validating and (done % args.validation_steps == 0 or last) and not stopped
         saving = done % args.checkpointing_steps == 0 or last or stopped

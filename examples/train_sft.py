@@ -8,7 +8,6 @@ train_dopsd_lora.py; with --full, all weights train and the output is that of tr
 that do here what they do there are taken. It runs in one process.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -40,25 +39,25 @@ FULL = {"stochastic_rounding"}
 
 
 def parse_args(input_args=None):
-    own = argparse.ArgumentParser(add_help=False)
+    own = dopsd.ArgumentParser(add_help=False)
     own.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
     own.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
     own.add_argument("--num_class_images", type=int, default=100, help="Images of the class prompts.")
     own.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on them.")
-    every = argparse.ArgumentParser(parents=[own])
+    every = dopsd.ArgumentParser(parents=[own])
     for add in (dopsd.add_model_arguments, dopsd.add_data_arguments, dopsd.add_dopsd_arguments, dopsd.add_lora_arguments,
                 dopsd.add_training_arguments, dopsd.add_output_arguments, full.add_full_arguments):  # fmt: skip
         add(every)
     honoured = COMMON | (FULL if own.parse_known_args(input_args)[0].full else LORA)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False)
+    parser = dopsd.ArgumentParser(description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False)
     for action in every._actions:
         if action.dest in honoured:
             parser._add_action(action)
     parser.parse_args(input_args)  # refuses what would do nothing here
     args = every.parse_args(input_args)  # the rest has defaults
-    dopsd.check_arguments(parser, args)
+    dopsd.check_arguments(every, args)
     if args.full:
-        full.check_full_arguments(parser, args)
+        full.check_full_arguments(every, args)
     args.lora_alpha = args.lora_alpha or args.rank
     args.report_to, args.validation_steps = "none", 0
     return args
@@ -178,11 +177,8 @@ def main(args):
     if args.full:
         full.save_pipeline(pipeline.transformer, family, args)
     else:
-        dopsd.save_lora(pipeline, pipeline.transformer, targets, args)
+        dopsd.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except dopsd.InputError as error:
-        sys.exit(f"error: {error}")
+    dopsd.run(main, parse_args)

@@ -313,7 +313,8 @@ def encoder(vlm, pipeline):
 
 @pytest.fixture
 def student(pipeline, flags, tmp_path):
-    """A LoRA whose student and teacher weights differ; `backward(batch)` is one micro-step: losses and gradient."""
+    """A LoRA whose student and teacher weights differ; `backward(batch)` is one micro-step, at the states `drawn` for each image
+    (default: all): the mean loss of each state and the gradient."""
     pipeline.transformer.requires_grad_(False)
     targets = pipeline.lora_targets(pipeline.transformer)
     pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))
@@ -334,14 +335,16 @@ def student(pipeline, flags, tmp_path):
         contexts = [[draw(n + i * 17) for i in range(size)] for n in (20, 30)]
         return noise, *contexts
 
-    def backward(batch, rollout_steps=4, synchronize=True, **changes):
-        args = script.parse_args(flags(tmp_path, rollout_steps=rollout_steps, **changes))
+    def backward(batch, rollout_steps=4, synchronize=True, drawn=None, **changes):
+        drawn = drawn or [list(range(rollout_steps))] * len(batch[0])
+        changes |= {"rollout_steps": rollout_steps, "states_per_rollout": len(drawn[0])}
+        args = script.parse_args(flags(tmp_path, **changes))
         for parameter in parameters:
             parameter.grad = None
-        states = script.rollout(pipeline, pipeline.transformer, teacher, batch, args, accelerator)
-        losses = script.backward_each_state(states, pipeline.transformer, args, accelerator, synchronize)
+        states = script.rollout(pipeline, pipeline.transformer, teacher, (*batch, drawn), args, accelerator)
+        sums, counts = script.backward_each_state(states, pipeline.transformer, args, accelerator, synchronize)
         assert next(states, None) is None  # takes the last Euler step, whose result training does not need
-        return losses, [p.grad.clone() for p in parameters]
+        return sums / counts, [p.grad.clone() for p in parameters]
 
     return SimpleNamespace(
         pipeline=pipeline,

@@ -107,7 +107,7 @@ def test_vlm_of_another_width(refused, wide_vlm):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("rollout_steps", 0), ("rollout_steps", -1), ("train_batch_size", 0), ("gradient_accumulation_steps", 0),
+        ("rollout_steps", 0), ("rollout_steps", -1), ("states_per_rollout", 0), ("states_per_rollout", 3), ("train_batch_size", 0), ("gradient_accumulation_steps", 0),
         ("max_train_steps", 0), ("checkpointing_steps", 0), ("rank", 0), ("ema_decay", 1.5), ("ema_decay", -0.1),
         ("loss_weighting", "other"), ("num_validation_images", 0), ("lr_scheduler", "piecewise_constant"),
     ],

@@ -1,5 +1,6 @@
 """What train_dopsd_full.py does beyond the LoRA script: the whole teacher, memory, its own optimisers, its output."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -131,10 +132,13 @@ def accelerate_environment(name):
     return {"ACCELERATE_USE_FSDP": "true", **settings}
 
 
-def test_fsdp_equals_one_process(train_full, tmp_path, subprocess_env):
+def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch, subprocess_env):
     """Student, teacher and optimiser in shards, interrupted and resumed: the weights of one process with the whole batch."""
     changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
-    one = train_full(tmp_path / "one", max_train_steps=3, train_batch_size=2, **changes)
+    draw = script.draw_states
+    with monkeypatch.context() as patch:  # with FSDP, the images of all processes end at the same state
+        patch.setattr(script, "draw_states", lambda args, step, *_: 2 * draw(argparse.Namespace(**vars(args) | {"train_batch_size": 1}), step, 0, 1))
+        one = train_full(tmp_path / "one", max_train_steps=3, train_batch_size=2, **changes)
     for steps in (2, 3):
         flags = train_full.flags(tmp_path / "two", max_train_steps=steps, resume_from_checkpoint="latest", **changes)
         environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
@@ -206,33 +210,31 @@ def test_stochastic_rounding_keeps_small_updates():
     assert moved[True] == pytest.approx(rate * steps, rel=0.2)  # as Adam moves a weight with a constant gradient
 
 
-def losses_and_weights(pipeline, args, losses_of, backward, fused, batch):
+def losses_and_weights(pipeline, args, batch):
     """Losses, weights and the most gradients held at once in one optimisation step of AdamW."""
     accelerator, transformer = Accelerator(cpu=True, mixed_precision="no"), pipeline.transformer
     teacher = script.FullTeacher(transformer, args, accelerator)
     transformer.requires_grad_(True)
     optimizer = script.make_full_optimizer(list(transformer.parameters()), args)
     held = []
-    if fused:
+    if args.fused_backward_pass:
         script.fuse_updates(transformer.parameters(), optimizer)
     for parameter in transformer.parameters():
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in transformer.parameters()))
         )
-    states = losses_of(pipeline, transformer, teacher, batch, args, accelerator)
-    losses = backward(states, transformer, args, accelerator, True)
+    states = script.rollout(pipeline, transformer, teacher, batch, args, accelerator)
+    losses = script.backward_each_state(states, transformer, args, accelerator, True)
     optimizer.step()
     return losses, {n: p.detach().clone() for n, p in transformer.named_parameters()}, max(held)
 
 
 def test_update_during_the_backward_equals_the_ordinary_one(base, student, train_full, tmp_path):
     """The memory of a gradient buffer is saved, and nothing else changes."""
-    batch, results = student.batch(2), []
-    fused = (script.rollout_in_one_batch, script.backward_all_states, True)
-    for method in ((script.rollout, script.backward_each_state, False), fused):
-        args = script.parse_args(train_full.flags(tmp_path, rollout_steps=4, adam_epsilon=1e-3, learning_rate=1e-2))
-        pipeline = DOPSDZImagePipeline.from_pretrained(base)
-        results.append(losses_and_weights(pipeline, args, *method, batch))
+    batch, results = (*student.batch(2), [[1], [3]]), []
+    for switches in ([], ["--fused_backward_pass"]):
+        flags = train_full.flags(tmp_path, *switches, rollout_steps=4, max_grad_norm=0, adam_epsilon=1e-3, learning_rate=1e-2)
+        results.append(losses_and_weights(DOPSDZImagePipeline.from_pretrained(base), script.parse_args(flags), batch))
     (losses, ordinary, held), (fused_losses, fused_weights, fused_held) = results
     torch.testing.assert_close(fused_losses, losses)
     start = weights_of(base)
@@ -367,6 +369,7 @@ def test_weights_are_saved_in_the_dtype_of_the_base(train_full, tmp_path):
         (["--fused_backward_pass"], {"optimizer": "prodigy", "learning_rate": 1.0, "max_grad_norm": 0}, "--optimizer prodigy"),
         (["--fused_backward_pass"], {}, "--max_grad_norm 0"),
         (["--fused_backward_pass"], {"max_grad_norm": 0, "gradient_accumulation_steps": 2}, "--gradient_accumulation"),
+        (["--fused_backward_pass"], {"max_grad_norm": 0, "states_per_rollout": 2}, "--states_per_rollout 1"),
         (["--stochastic_rounding"], {"mixed_precision": "no"}, "--mixed_precision bf16"),
         (["--fused_backward_pass"], {"max_grad_norm": 0, "mixed_precision": "fp16"}, "--mixed_precision bf16"),
     ],
@@ -386,9 +389,9 @@ def test_fused_run_stops_before_a_broken_update(train_full, tmp_path, monkeypatc
 
     def broken(self, *args):
         calls.append(1)
-        return velocity(self, *args) * (float("nan") if len(calls) > 2 * 2 + 1 else 1.0)
+        return velocity(self, *args) * (float("nan") if len(calls) > 2 else 1.0)
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(script.InputError, match="not finite"):
-        train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0, checkpointing_steps=1, max_train_steps=4)
+        train_full(tmp_path, "--fused_backward_pass", rollout_steps=1, max_grad_norm=0, checkpointing_steps=1, max_train_steps=4)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -466,7 +466,7 @@ def test_cache_is_renewed_when_the_teacher_changes(train_klein, tmp_path):
     cache = tmp_path / "cache"
     counts = []
     for changes in ({}, {"teacher_image": "other"}, {"teacher_context": "edit"}, {"teacher_prompt_suffix": "!"}, {}):
-        train_klein(tmp_path / "out", context_cache_dir=cache, max_train_steps=1, rollout_steps=1, **changes)
+        train_klein(tmp_path / "out", "--overwrite_output_dir", context_cache_dir=cache, max_train_steps=1, rollout_steps=1, **changes)
         counts.append(len(list(cache.iterdir())))
     assert counts == [2, 4, 6, 8, 8]
 

@@ -31,7 +31,7 @@ import step_cost  # noqa: E402
 
 def bench(**changes):
     """Settings of `step_cost.Bench`, a Z-Image of 31 M parameters."""
-    defaults = {"size": "mid", "rollout_steps": 2, "rank": 16, "train_batch_size": 1, "mixed_precision": "no"}
+    defaults = {"size": "mid", "rollout_steps": 2, "states_per_rollout": 2, "seed": 0, "rank": 16, "train_batch_size": 1, "mixed_precision": "no"}
     defaults |= {
         "gradient_checkpointing": False,
         "checkpointed_blocks": 1.0,
@@ -55,20 +55,22 @@ def bench(**changes):
     "changes",
     [
         {},
+        {"states_per_rollout": 1},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "checkpointed_blocks": 0.5},
         {"mixed_precision": "bf16"},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0},
     ],
-    ids=["plain", "checkpointing", "half", "bf16", "bf16_checkpointing", "bf16_offloading"],
+    ids=["plain", "one_state", "checkpointing", "half", "bf16", "bf16_checkpointing", "bf16_offloading"],
 )
 def test_estimate_is_what_torch_allocates(changes):
     """A wrong estimate lets a run start that ends out of memory, or turns a user away whose card would do."""
     args = bench(**changes)
     real = step_cost.Bench(args)
-    real.step()
-    measured = step_cost.peak_bytes(real.step, torch.device("cpu"))
+    work = functools.partial(real.step, [0, 1][-args.states_per_rollout :])
+    work()
+    measured = step_cost.peak_bytes(work, torch.device("cpu"))
     with torch.device("meta"):
         config, side, tokens = step_cost.SIZES["mid"]
         transformer = diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args)).requires_grad_(False)
@@ -90,8 +92,9 @@ def test_estimate_is_what_torch_allocates(changes):
     "flags",
     [
         "--mixed_precision no",
+        "--mixed_precision no --states_per_rollout 2",
         "--mixed_precision no --gradient_checkpointing",
-        "--mixed_precision bf16",
+        "--mixed_precision bf16 --states_per_rollout 2",
         "--mixed_precision bf16 --gradient_checkpointing",
         "--mixed_precision bf16 --gradient_checkpointing --checkpointed_blocks 0.5",
         "--mixed_precision bf16 --gradient_checkpointing --stochastic_rounding",
@@ -121,15 +124,14 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
     full.save_memory_and_time(pipeline.transformer, args)
     teacher = full.FullTeacher(pipeline.transformer, args, accelerator)
     full.make_trainable(pipeline, args)
-    losses_of, backward = full.rollout, full.backward_each_state
     if args.fused_backward_pass:
-        losses_of, backward = full.rollout_in_one_batch, full.backward_all_states
         full.fuse_updates(pipeline.transformer.parameters(), SimpleNamespace(step=lambda: None))
 
     def step():
         pipeline.transformer.zero_grad()
-        states = losses_of(pipeline, pipeline.transformer, teacher, batch, args, accelerator)
-        backward(states, pipeline.transformer, args, accelerator, True)
+        drawn = full.draw_states(args, 0, 0, 1)
+        states = full.rollout(pipeline, pipeline.transformer, teacher, (*batch, drawn), args, accelerator)
+        full.backward_each_state(states, pipeline.transformer, args, accelerator, True)
 
     measured = step_cost.peak_bytes(step, torch.device("cpu"))
     assert estimate["activations"] + estimate["gradients"] == pytest.approx(measured, rel=0.1)
@@ -421,7 +423,7 @@ def test_student_and_teacher_share_one_compiled_block(train, tmp_path, monkeypat
         return result
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, counted)
-    train(tmp_path / "out", "--compile_blocks", max_train_steps=3, rollout_steps=2, validation_steps=0)
+    train(tmp_path / "out", "--compile_blocks", max_train_steps=3, rollout_steps=2, states_per_rollout=2, validation_steps=0)
     assert 0 < graphs[1] == graphs[-1]  # all that is compiled is compiled in the first state
 
 
@@ -500,6 +502,17 @@ def test_step_cost_prints_its_table(monkeypatch, capsys):
     """The command of RESULTS.md must run as it stands there."""
     monkeypatch.setattr(sys, "argv", ["step_cost.py", "--size", "tiny", "--rollout_steps", "1", "2", "--repetitions", "1"])
     step_cost.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "K" not in line]
-    assert [row[1] for row in rows] == 2 * ["step", "floor", "sft", "two-pass", "all"]
-    assert all(float(row[2]) > 0 and float(row[4].strip(" |")) > 0 for row in rows)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "K" not in line]
+    whole = ["step", "floor", "sft", "two-pass", "all"]
+    assert [row[:3] for row in rows] == [
+        *(["1", "1", name] for name in whole), *(["2", "2", name] for name in whole), ["2", "1", "step"], ["2", "1", "floor"]
+    ]  # fmt: skip
+    assert all(float(cell) > 0 for row in rows for cell in row[3:])
+
+
+@pytest.mark.parametrize(("steps", "count", "expected"), [(4, 1, 1.5), (4, 2, 4 / 3), (4, 4, 0), (8, 1, 3.5)])
+def test_step_cost_counts_ends_as_often_as_they_are_drawn(steps, count, expected):
+    """The mean over the ends of a rollout would be that of other draws than a training has."""
+    draws = step_cost.ends(steps, count)
+    assert sum(share for _, share in draws) == pytest.approx(1)
+    assert sum(share * (states[-1] + 1 - count) for states, share in draws) == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,30 @@ from torch.profiler import ProfilerActivity, profile
 import train_dopsd_lora as script
 
 
+@pytest.fixture
+def visited(student, monkeypatch):
+    """The latents that the student sees; the teacher is told by its context."""
+    states, velocity = [], student.pipeline.velocity
+
+    def recorded(transformer, latents, timestep, contexts):
+        if contexts[0] is not recorded.teacher:
+            states.append(latents.clone())
+        return velocity(transformer, latents, timestep, contexts)
+
+    monkeypatch.setattr(student.pipeline, "velocity", recorded)
+    recorded.teacher, recorded.states = None, states
+    return recorded
+
+
+@pytest.mark.parametrize("trained", ["all", "last"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 @pytest.mark.parametrize("steps", [4, 8])
-def test_rollout_is_the_stock_pipelines_trajectory(student, flags, tmp_path, steps, size):
+def test_rollout_is_the_stock_pipelines_trajectory(student, visited, steps, size, trained):
     """Trained on other states than inference visits, the LoRA would not be on-policy."""
     height, width = size
     prompt = "a red square"
     noise, _, teacher_contexts = student.batch(1, height, width)
-    stock, expected = ZImagePipeline(**student.pipeline.components), []
+    stock, expected = ZImagePipeline(**student.pipeline.components), [noise]
     stock.set_progress_bar_config(disable=True)
     stock(
         prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=0.0, latents=noise.clone(),
@@ -27,25 +44,25 @@ def test_rollout_is_the_stock_pipelines_trajectory(student, flags, tmp_path, ste
         callback_on_step_end=lambda pipe, step, time, values: expected.append(values["latents"].clone()) or {},
     )  # fmt: skip
 
-    states, step = [], student.pipeline.scheduler.step
+    visited.teacher = teacher_contexts[0]
+    drawn = [list(range(steps))] if trained == "all" else [[steps - 1]]
+    student.backward((noise, student.pipeline.encode_student([prompt]), teacher_contexts), steps, drawn=drawn)
+    assert len(visited.states) == steps and torch.equal(visited.states[0], noise)
+    for ours, theirs in zip(visited.states, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(expected, expected[1:]))
 
-    def recorded(velocity, timestep, latents, **kwargs):
-        states.append(latents.clone())
-        out = step(velocity, timestep, latents, **kwargs)
-        states.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
-        return out
 
-    student.pipeline.scheduler.step = recorded
-    contexts = student.pipeline.encode_student([prompt])
-    student.backward((noise, contexts, teacher_contexts), rollout_steps=steps)
-    before, after = states[0::2], states[1::2]
-    assert len(before) == len(expected) == steps
-    assert torch.equal(before[0], noise)
-    for k in range(steps):
-        torch.testing.assert_close(after[k], expected[k], rtol=0, atol=1e-5)
-        if k:
-            torch.testing.assert_close(before[k], expected[k - 1], rtol=0, atol=1e-5)
-    assert all((a - b).abs().max() > 1e-2 for a, b in zip(before, after))
+def test_rollout_steps_as_the_scheduler_does(student, visited):
+    """Bit for bit, so that the equation in the docstring is what inference computes."""
+    latents, contexts, teacher_contexts = batch = student.batch(2)
+    visited.teacher = teacher_contexts[0]
+    student.backward(batch)
+    ours = visited.states.copy()
+    for k, timestep in enumerate(student.pipeline.few_step_grid(4, latents)):
+        assert torch.equal(ours[k], latents)
+        velocity = student.pipeline.velocity(student.transformer, latents, timestep, contexts).detach()
+        latents = student.pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
 
 def reference(student, batch, steps, weighting):
@@ -114,12 +131,16 @@ def test_student_learns_and_teacher_and_base_do_not(student):
     assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
 
 
-def test_no_forward_is_done_twice(student):
-    """K states cost K forwards of the student, without a second one for the rollout, and K of the teacher."""
+@pytest.mark.parametrize(
+    ("steps", "drawn", "trained", "passed"),
+    [(3, [[0, 1, 2]], 3, 0), (4, [[0]], 1, 0), (4, [[2]], 1, 2), (4, [[1, 3]], 2, 2), (4, [[3], [0]], 1, 3), (8, [[7]], 1, 7)],
+)  # fmt: skip
+def test_no_forward_is_done_in_vain(student, steps, drawn, trained, passed):
+    """A trained state costs a forward of student and teacher, one before it a forward of the student alone, one after it none."""
     grads = []
     student.transformer.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
-    student.backward(student.batch(1), rollout_steps=3)
-    assert Counter(grads) == {True: 3, False: 3}
+    student.backward(student.batch(len(drawn)), steps, drawn=drawn)
+    assert Counter(grads) == {True: trained, False: trained + passed}
 
 
 def test_teacher_uses_ema_weights_and_the_teachers_context(student):
@@ -166,16 +187,38 @@ def test_accumulated_gradient_is_the_mean_of_micro_steps(student):
         torch.testing.assert_close(a, 2 * b)
 
 
-def test_batch_of_two_equals_two_of_one(student):
-    """Prompts of different lengths in a batch must not see each other's padding."""
+@pytest.mark.parametrize("weighting", ["velocity", "x0"])
+@pytest.mark.parametrize("drawn", [[[0, 1, 2, 3]] * 2, [[0, 2], [1, 3]], [[3], [1]]])
+def test_batch_of_two_equals_two_of_one(student, drawn, weighting):
+    """Prompts of different lengths in a batch must not see each other's padding, nor images each other's time, weight or states."""
     noise, contexts, teacher_contexts = batch = student.batch(2)
     first, second = (len(c["prompt_embeds"]) for c in contexts)
     assert first <= 32 < second  # padded to 32 and to 64 tokens
-    losses, gradient = student.backward(batch)
-    singles = [student.backward((noise[i : i + 1], contexts[i : i + 1], teacher_contexts[i : i + 1])) for i in (0, 1)]
-    torch.testing.assert_close(losses, (singles[0][0] + singles[1][0]) / 2, rtol=1e-4, atol=0)
+    losses, gradient = student.backward(batch, drawn=drawn, loss_weighting=weighting)
+    singles = [
+        student.backward(
+            (noise[i : i + 1], contexts[i : i + 1], teacher_contexts[i : i + 1]), drawn=[drawn[i]], loss_weighting=weighting
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(losses, torch.stack([s for s, _ in singles]).nanmean(0), rtol=1e-4, atol=0, equal_nan=True)
     for both, first, second in zip(gradient, singles[0][1], singles[1][1]):
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["velocity", "x0"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mean_gradient_over_the_draws_is_that_of_all_states(student, flags, tmp_path, count, weighting):
+    """A draw or a weight that is off would train another loss than the paper's, and nobody would see it."""
+    batch, means = student.batch(1), 0.0
+    args = script.parse_args(flags(tmp_path, rollout_steps=4, states_per_rollout=count))
+    _, expected = student.backward(batch, loss_weighting=weighting)
+    for micro_step in range(4):
+        drawn = script.draw_states(args, micro_step, 0, 1)
+        _, gradient = student.backward(batch, drawn=drawn, loss_weighting=weighting)
+        means = [mean + g / 4 for mean, g in zip(means or [0.0] * len(gradient), gradient)]
+    for ours, theirs in zip(means, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def peak_bytes(work, folder):
@@ -191,10 +234,11 @@ def test_memory_does_not_grow_with_the_number_of_states(student, tmp_path):
     """With all K graphs kept, 8 states would not fit where 2 do."""
     batch = student.batch(2)
     student.backward(batch)  # what is allocated once
+    one = peak_bytes(lambda: student.backward(batch, rollout_steps=2, drawn=[[0], [1]]), tmp_path)
     two = peak_bytes(lambda: student.backward(batch, rollout_steps=2), tmp_path)
     eight = peak_bytes(lambda: student.backward(batch, rollout_steps=8), tmp_path)
     assert two > 2**20  # the activations of a forward are in it
-    assert eight < 1.05 * two
+    assert one < 1.05 * two and eight < 1.05 * two
 
 
 def ema_after(decay, steps, dtype=torch.float32):
@@ -269,3 +313,28 @@ def test_every_image_is_drawn_in_every_epoch(batch_size):
             assert len(drawn) == 8
         epochs.append(drawn)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+def state_flags(steps, count, batch_size=1, seed=5):
+    return SimpleNamespace(rollout_steps=steps, states_per_rollout=count, train_batch_size=batch_size, seed=seed)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (4, 1), (4, 2), (4, 3), (4, 4), (8, 1), (8, 3)])
+def test_every_state_is_drawn_equally_often(steps, count):
+    """Of K images each state trains M: what is left to chance is noise, and what is left out is never learned."""
+    drawn = [states for step in range(6 * steps) for states in script.draw_states(state_flags(steps, count), step, 0, 1)]
+    assert all(states == sorted(set(states)) and len(states) == count for states in drawn)
+    cycles = [drawn[i : i + steps] for i in range(0, len(drawn), steps)]
+    for cycle in cycles:
+        assert Counter(k for states in cycle for k in states) == dict.fromkeys(range(steps), count)
+    assert count == steps or cycles[0] != cycles[1] or cycles[1] != cycles[2]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_states_depend_on_seed_and_place_alone(count):
+    """Neither a resume nor the number of processes or the size of batches may change what is trained."""
+    one = [states for step in range(24) for states in script.draw_states(state_flags(4, count), step, 0, 1)]
+    assert one == [states for step in range(12) for states in script.draw_states(state_flags(4, count, 2), step, 0, 1)]
+    places = [(step, process) for step in range(6) for process in (0, 1)]
+    assert one == [states for place in places for states in script.draw_states(state_flags(4, count, 2), *place, 2)]
+    assert one != [states for step in range(24) for states in script.draw_states(state_flags(4, count, seed=6), step, 0, 1)]

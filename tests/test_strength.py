@@ -32,7 +32,7 @@ def save(base, flags, tmp_path):
         for parameter in pipeline.transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        script.save_lora(pipeline, pipeline.transformer, targets, args)
+        script.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
         return tmp_path / name, deltas(pipeline, "default")
 
     return run

@@ -59,31 +59,29 @@ def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypat
     train, changes = train_any, {n: v for n, v in changes.items() if n != "rank" or train_any.result == LORA}
     whole = train(tmp_path / "whole", *switches, max_train_steps=6, checkpointing_steps=100, **changes)
 
-    part, log = tmp_path / "part", DOPSDZImagePipeline.velocity
-    calls, steps = [], 4  # interrupted in the fifth step, one after the checkpoint
+    part, accumulated, drawn = tmp_path / "part", changes.get("gradient_accumulation_steps", 1), []
+    draw_states, interrupted_at = train.module.draw_states, 4 * accumulated  # in the fifth step, one after the checkpoint
 
-    def counted(self, *args):
-        if len(args[-1]) == changes.get("train_batch_size", 1):  # validations draw one picture at a time
-            calls.append(1)
-        return log(self, *args)
+    def counted(args, micro_step, *place):
+        drawn.append(micro_step)
+        return draw_states(args, micro_step, *place)
 
-    def interrupted(self, *args):
-        out = counted(self, *args)
-        if len(calls) > 2 * 2 * steps * changes.get("gradient_accumulation_steps", 1):
+    def interrupted(args, micro_step, *place):
+        if micro_step == interrupted_at:
             raise KeyboardInterrupt
-        return out
+        return draw_states(args, micro_step, *place)
 
     command = {"max_train_steps": 6, "checkpointing_steps": 3, "resume_from_checkpoint": "latest", **changes}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch_velocity(patch, DOPSDZImagePipeline, interrupted)
+        patch.setattr(train.module, "draw_states", interrupted)
         train(part, *switches, **command)
     assert not (part / train.result).exists() and not (part / "checkpoint-6").exists()
 
-    calls.clear()
     with monkeypatch.context() as patch:
-        patch_velocity(patch, DOPSDZImagePipeline, counted)
+        patch.setattr(train.module, "draw_states", counted)
         train(part, *switches, **command)
-    assert len(calls) == 2 * 2 * 3 * changes.get("gradient_accumulation_steps", 1)  # steps 4 to 6 alone
+    steps = [micro_step for micro_step in drawn if micro_step]  # the estimate of memory draws for the first
+    assert steps == list(range(3 * accumulated, 6 * accumulated))  # steps 4 to 6 alone
     assert_equal(part / "checkpoint-6", whole / "checkpoint-6")
     assert_equal(part / train.result, whole / train.result)
     first, last = tensors_of(part / "checkpoint-3"), tensors_of(part / "checkpoint-6")
@@ -203,7 +201,7 @@ def test_log_has_what_a_user_steers_by(train_any, tmp_path, monkeypatch):
     """Loss per state, gradient norm, learning rate, time and memory, for every step."""
     logs = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append((step, values)))
-    train_any(tmp_path, rollout_steps=3)
+    train_any(tmp_path, rollout_steps=3, states_per_rollout=3)
     assert [step for step, _ in logs] == [1, 2]
     expected = {
         "loss",
@@ -218,6 +216,33 @@ def test_log_has_what_a_user_steers_by(train_any, tmp_path, monkeypatch):
     for _, values in logs:
         assert values.keys() >= expected and all(isinstance(v, float) and v > 0 for v in values.values())
         assert values["loss"] == pytest.approx(sum(values[f"loss/state_{k}"] for k in (1, 2, 3)) / 3)
+
+
+def test_log_has_the_states_that_were_trained(train_any, tmp_path, monkeypatch):
+    """A curve of a state with the losses of others, or with zeros where it was not trained, would mislead."""
+    logs, losses, rollout = [], [], train_any.module.rollout
+
+    def recorded(*args):
+        for k, values in rollout(*args):
+            if values.device.type != "meta":  # as in the estimate of memory
+                losses[-1].extend(zip(k.tolist(), values.tolist()))
+            yield k, values
+
+    def draw(args, micro_step, *place):
+        if micro_step % 2 == 0:
+            losses.append([])
+        return [[[0], [2]], [[0], [0]], [[1], [1]], [[1], [1]]][micro_step]
+
+    monkeypatch.setattr(train_any.module, "rollout", recorded)
+    monkeypatch.setattr(train_any.module, "draw_states", draw)
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append(values))
+    train_any(tmp_path, rollout_steps=3, train_batch_size=2, gradient_accumulation_steps=2)
+    for values, trained in zip(logs, losses[-2:], strict=True):
+        assert len(trained) == 4 and values["loss"] == pytest.approx(sum(loss for _, loss in trained) / 4)
+        for state in range(3):
+            own = [loss for k, loss in trained if k == state]
+            assert values.get(f"loss/state_{state + 1}") == (pytest.approx(sum(own) / len(own)) if own else None)
+    assert "loss/state_2" not in logs[0] and logs[1].keys() & {"loss/state_1", "loss/state_3"} == set()
 
 
 def test_steps_that_are_logged_together_keep_their_own_values(train_any, tmp_path, monkeypatch):
@@ -329,7 +354,7 @@ def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monk
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train_any, tmp_path, monkeypatch):
     """A run that goes on with NaN overwrites what was good."""
-    train_any(tmp_path, max_train_steps=1)
+    train_any(tmp_path, max_train_steps=1, states_per_rollout=2)
     saved = (tmp_path / train_any.result).read_bytes()
     calls, velocity = [], DOPSDZImagePipeline.velocity
 
@@ -341,6 +366,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(train_any, tmp_p
     with pytest.raises(ValueError, match="not finite"):
         train_any(
             tmp_path,
+            states_per_rollout=2,
             max_train_steps=9,
             checkpointing_steps=1,
             checkpoints_total_limit=1,
@@ -362,7 +388,7 @@ def test_non_finite_gradient_does_not_reach_a_checkpoint(train_any, tmp_path, mo
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(ValueError, match="not finite"):
-        train_any(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
+        train_any(tmp_path, states_per_rollout=2, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1)
     (newest,) = tmp_path.glob("checkpoint-*")
     assert all(torch.isfinite(t.float()).all() for t in tensors_of(newest).values())
 

@@ -127,9 +127,17 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 WITHOUT_AUTOCAST = argparse.Namespace(autocast=contextlib.nullcontext)
 
 
+def run_states(script, pipeline, teacher, batch, args):
+    """Forwards and backwards of a step's first two states, if it has so many: the second meets the gradients of the first."""
+    batch = *batch, script.draw_states(args, 0, 0, 1)
+    rollouts = (script.rollout(pipeline, pipeline.transformer, teacher, batch, args, WITHOUT_AUTOCAST) for _ in range(args.gradient_accumulation_steps))
+    for _, losses in itertools.islice(itertools.chain.from_iterable(rollouts), 2):
+        losses.mean().backward()
+
+
 def lora_bytes(pipeline, batch, args):
     """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
-    gradients, optimiser) and of the `activations`. Two states of a step are run on the meta device: nothing is allocated.
+    gradients, optimiser) and of the `activations`. Up to two states of a step are run on the meta device: nothing is allocated.
 
     Args:
         pipeline: with its transformer on the meta device; it is given the LoRA.
@@ -146,8 +154,7 @@ def lora_bytes(pipeline, batch, args):
         unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
         PeakMemory([*transformer.parameters(), *teacher.shadow]) as memory,
     ):
-        for loss in itertools.islice(lora.rollout(pipeline, transformer, teacher, batch, args, WITHOUT_AUTOCAST), 2):
-            loss.backward()
+        run_states(lora, pipeline, teacher, batch, args)
     count = sum(p.numel() for p in parameters)
     bytes_of = QUANTIZED_BYTES.get(args.quantization)
     weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
@@ -208,18 +215,17 @@ def full_bytes(pipeline, batch, args):
         unittest.mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
         PeakMemory(parameters) as memory,
     ):
-        if args.fused_backward_pass:
-            sum(full.rollout_in_one_batch(pipeline, transformer, teacher, batch, args, WITHOUT_AUTOCAST)).backward()
-        else:  # the second state meets the gradients of the first
-            for loss in itertools.islice(full.rollout(pipeline, transformer, teacher, batch, args, WITHOUT_AUTOCAST), 2):
-                loss.backward()
+        run_states(full, pipeline, teacher, batch, args)
     activations = memory.peak - memory.held - sum(p.grad.nbytes for p in parameters if p.grad is not None)
     if not args.stochastic_rounding and args.mixed_precision != "no":
         # autocast's copies of the fp32 weights live until the backward of what they computed
         blocks = full.repeated_blocks(transformer)
         sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
         recomputed = math.ceil(args.checkpointed_blocks * len(blocks)) if args.gradient_checkpointing else 0
-        activations += sum(p.nbytes for p in parameters) - sum(sizes[:recomputed]) + max([0, *sizes[:recomputed]])
+        activations += max([0, *sizes[:recomputed]])
+        # of a step's only graph, they go as the gradients come
+        if args.fused_backward_pass or args.states_per_rollout * args.gradient_accumulation_steps > 1:
+            activations += sum(p.nbytes for p in parameters) - sum(sizes[:recomputed])
     return held_bytes(parameters, args) | {"activations": activations}
 
 
@@ -267,7 +273,7 @@ def batch_of(pipeline, pipeline_config, args):
     """
     if args.resolution % (pipeline.vae_scale_factor * 2):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor * 2} for this model.")
-    config, side = pipeline.transformer.config, min(args.resolution, math.isqrt(args.teacher_max_pixels)) // 32
+    config, side = pipeline.transformer.config, min(args.resolution, math.isqrt(args.teacher_max_pixels or 0)) // 32
     longest, image_tokens = pipeline.max_context_length(config, pipeline_config), side**2 if args.teacher_context == "vlm" else 0
     if image_tokens >= longest:
         raise ValueError(f"An image has {image_tokens} tokens; the transformer takes contexts of {longest}. Lower --teacher_max_pixels.")

@@ -6,16 +6,20 @@
 A Z-Image transformer with random weights and a LoRA; nothing is downloaded. Variants:
 
     step      this project's optimisation step: rollout, loss, backward per state, clipping, AdamW, EMA
-    floor     K bare teacher forwards and K bare student forwards with backwards of the same transformer
+    floor     bare teacher forwards and bare student forwards with backwards of the same transformer, as many as states are
+              trained, and bare student forwards for the states before
     sft       one forward with backward and the same update, for comparison
     two-pass  rolls out first, then trains on the states it has seen: K student forwards more
     all       keeps the graphs of all K states until one backward
 
-Every repetition runs all variants in turn. Peak memory is what is allocated above what stands before the step.
+M of the K states are trained (--states_per_rollout). Where a rollout ends is a matter of chance for M < K: every end is timed and
+counts as often as it is drawn. Every repetition runs all variants in turn. Peak memory is what is allocated above what stands
+before the step.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -76,34 +80,37 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self):
-        batch = (self.noise, *self.contexts)
-        states = dopsd.rollout(self.pipeline, self.transformer, self.teacher, batch, self.args, self.accelerator)
-        dopsd.backward_each_state(states, self.transformer, self.args, self.accelerator, True)
+    def rollout(self, states):
+        batch = self.noise, *self.contexts, [states] * len(self.noise)
+        return dopsd.rollout(self.pipeline, self.transformer, self.teacher, batch, self.args, self.accelerator)
+
+    def step(self, states):
+        dopsd.backward_each_state(self.rollout(states), self.transformer, self.args, self.accelerator, True)
         self.update()
         self.teacher.step()
 
-    def floor(self):
+    def floor(self, states):
         dtype = self.transformer.dtype
         images = list(self.noise.to(dtype).unsqueeze(2).unbind(0))
         times = torch.full((len(images),), 0.5, device=self.noise.device)
         student, teacher = ([c["prompt_embeds"] for c in contexts] for contexts in self.contexts)
-        for _ in range(self.args.rollout_steps):
+        for k in range(states[-1] + 1):
             with torch.no_grad(), self.accelerator.autocast():
-                self.transformer(images, times, teacher, return_dict=False)
-            with self.accelerator.autocast():
-                out = self.transformer(images, times, student, return_dict=False)[0]
-            torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+                self.transformer(images, times, teacher if k in states else student, return_dict=False)
+            if k in states:
+                with self.accelerator.autocast():
+                    out = self.transformer(images, times, student, return_dict=False)[0]
+                torch.autograd.backward(out, [torch.ones_like(o) for o in out])
         self.optimizer.zero_grad(set_to_none=True)
 
-    def sft(self):
+    def sft(self, states):
         with self.accelerator.autocast():
             time = torch.tensor(500.0, device=self.noise.device)
             out = self.pipeline.velocity(self.transformer, self.noise, time, self.contexts[0])
         torch.nn.functional.mse_loss(out, self.noise).backward()
         self.update()
 
-    def two_pass(self):
+    def two_pass(self, states):
         latents, states = self.noise, []
         timesteps = self.pipeline.few_step_grid(self.args.rollout_steps, latents)
         with torch.no_grad(), self.accelerator.autocast():
@@ -120,15 +127,42 @@ class Bench:
         self.update()
         self.teacher.step()
 
-    def all(self):
-        batch = (self.noise, *self.contexts)
-        states = dopsd.rollout(self.pipeline, self.transformer, self.teacher, batch, self.args, self.accelerator)
-        torch.stack(list(states)).mean().backward()
+    def all(self, states):
+        torch.stack([losses for _, losses in self.rollout(states)]).mean().backward()
         self.update()
         self.teacher.step()
 
 
 VARIANTS = {"step": Bench.step, "floor": Bench.floor, "sft": Bench.sft, "two-pass": Bench.two_pass, "all": Bench.all}
+
+
+def ends(rollout_steps, count):
+    """The M = `count` states up to each state that a rollout may end at, and the share of the draws that end there."""
+    draws = [list(range(last + 1 - count, last + 1)) for last in range(count - 1, rollout_steps)]
+    return [(states, math.comb(states[-1], count - 1) / math.comb(rollout_steps, count)) for states in draws]
+
+
+def work_of(bench, count, name, states):
+    """One step of the variant `name` with M = `count`, as a function without arguments."""
+
+    def work():
+        bench.args.states_per_rollout = count
+        VARIANTS[name](bench, states)
+
+    return work
+
+
+def time_variants(bench, variants, repetitions):
+    """Median seconds of each (M, name) in `variants`, mean over the ends of the rollout."""
+    works = [(variant, states, share) for variant in variants for states, share in ends(bench.args.rollout_steps, variant[0])]
+    times = [[] for _ in works]
+    for _ in range(repetitions + 1):
+        for (variant, states, _), seconds in zip(works, times):
+            seconds.append(seconds_of(work_of(bench, *variant, states), bench.accelerator.device))
+    means = dict.fromkeys(variants, 0.0)
+    for (variant, _, share), seconds in zip(works, times):
+        means[variant] += share * statistics.median(seconds[1:])  # the first does what is done once
+    return means
 
 
 def seconds_of(work, device):
@@ -170,30 +204,25 @@ def main():
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
-    args.loss_weighting, args.gradient_accumulation_steps = "velocity", 1
+    args.loss_weighting, args.gradient_accumulation_steps, args.seed = "velocity", 1, 0
     args.attention_backend, args.compile_blocks, args.lora_alpha, args.use_rslora, args.lora_dropout = None, False, args.rank, False, 0.0
     bench, rollout_steps = Bench(args), args.rollout_steps
     device = bench.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in bench.transformer.parameters())
     print(f"{name}; torch {torch.__version__}; {args.size}, {count / 1e6:.0f} M parameters; {vars(args)}")
-    print("| K | variant | seconds (median) | ratio to the floor | peak MiB |\n|---|---|---|---|---|")
-    for args.rollout_steps in rollout_steps:
-        works = {
-            name: (lambda work=work: work(bench))
-            for name, work in VARIANTS.items()
-            if name in ("floor", *args.variants)
-        }
-        for work in works.values():
-            work()  # what is done once
-        times = {name: [] for name in works}
-        for _ in range(args.repetitions):
-            for name, work in works.items():
-                times[name].append(seconds_of(work, device))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name, work in works.items():
-            ratio, peak = medians[name] / medians["floor"], peak_bytes(work, device) / 2**20
-            print(f"| {args.rollout_steps} | {name} | {medians[name]:.4g} | {ratio:.3f} | {peak:.0f} |", flush=True)
+    print("| K | M | variant | seconds (median) | ratio to its floor | to the step of all states | to an SFT step | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for every in rollout_steps:
+        args.rollout_steps = every
+        variants = [(every, name) for name in VARIANTS if name in ("step", "floor", "sft", *args.variants)]
+        variants += [(count, name) for count in (2, 1) if count < every for name in ("step", "floor")]
+        seconds = time_variants(bench, variants, args.repetitions)
+        for count, name in variants:
+            ratios = [seconds[count, name] / seconds[other] for other in ((count, "floor"), (every, "step"), (every, "sft"))]
+            peak = peak_bytes(work_of(bench, count, name, ends(every, count)[-1][0]), device) / 2**20
+            cells = [every, count, name, f"{seconds[count, name]:.4g}", *(f"{ratio:.3f}" for ratio in ratios), f"{peak:.0f}"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,17 @@ def wrong_folder(name, folder):
     return folder
 
 
+# of train_dopsd_lora.py alone
+DOPSD_FLAGS = ["--vlm_model_name_or_path", HERE / "vlm", "--num_inference_steps", STEPS, "--report_to", "none", "--checkpointing_steps", 100_000]
+
+
+def training_flags(model, data, folder, rate, seed):
+    """What all runs on a miniature have in common."""
+    flags = ["--pretrained_model_name_or_path", HERE / model, "--instance_data_dir", data, "--output_dir", folder]
+    flags += ["--resolution", world.RESOLUTION, "--learning_rate", rate, "--seed", seed, "--lr_scheduler", "cosine"]
+    return [*flags, "--mixed_precision", "no"]
+
+
 def train(job):
     """Trains one LoRA, unless it is there, and returns its folder."""
     method, name, rate, seed, args = job
@@ -69,13 +80,11 @@ def train(job):
         data = HERE / "concepts" / name
         if method == "control":
             data = wrong_folder(name, args.work_dir / f"{name}-wrong")
-        flags = ["--pretrained_model_name_or_path", HERE / args.model, "--mixed_precision", "no"]
-        flags += ["--instance_data_dir", data, "--output_dir", folder, "--resolution", world.RESOLUTION]
-        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4, "--learning_rate", rate, "--seed", seed]
-        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12), "--lr_scheduler", "cosine"]
+        flags = training_flags(args.model, data, folder, rate, seed)
+        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4]
+        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12)]
         if method not in PASSES:
-            flags += ["--vlm_model_name_or_path", HERE / "vlm", "--report_to", "none", "--checkpointing_steps", 100_000]
-            flags += ["--validation_steps", 0, "--ema_decay", args.ema_decay, "--num_inference_steps", STEPS]
+            flags += [*DOPSD_FLAGS, "--validation_steps", 0, "--ema_decay", args.ema_decay, "--states_per_rollout", 4]
         if method == "prior" or (args.model == "klein" and method not in PASSES):
             flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
         if "_" in method:
