@@ -17,6 +17,7 @@ MINIATURE = ROOT / "examples" / "miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import compare  # noqa: E402
+import curves  # noqa: E402
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
@@ -159,3 +160,30 @@ def test_comparison_reports_the_best_rate_and_its_training_seeds(tmp_path, monke
     for name in CONCEPTS:
         assert f"| {name} | SFT | 0.001 | 60.0 ± 0.0 | 90.0 ± 0.0 |" in printed
         assert f"| {name} | SFT | 60, 50, 70 | 90, 90, 90 |" in printed
+
+
+@pytest.mark.parametrize(("name", "passes"), [("m4", 12), ("m2", 7.3), ("m1", 4.5), ("first", 3), ("first_two", 6), ("early", 4), ("late", 5)])
+def test_variants_are_counted_in_the_passes_that_they_take(name, passes):
+    """Curves over a wrong cost would compare long runs with short ones."""
+    assert curves.VARIANTS[name].passes() == pytest.approx(passes, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["early_exact", "late_exact", "weights"])
+def test_weights_of_states(name):
+    """Weights that do not undo the draw would train another loss than the row says."""
+    variant, shown = curves.VARIANTS[name], torch.ones(4, 1, 1, 1)
+    losses = variant.loss(shown, torch.zeros_like(shown), torch.tensor(curves.SIGMAS), "velocity")
+    flags = types.SimpleNamespace(rollout_steps=4, states_per_rollout=1, train_batch_size=1, seed=0)
+    drawn = [variant.draw(flags, step, 0, 1)[0][0] for step in range(40)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / len(drawn)
+    expected = torch.tensor([8, 4, 2, 1]) / 15 if name == "weights" else torch.full((4,), 0.25)
+    torch.testing.assert_close(losses * shares, expected)
+
+
+def test_magnitude_and_direction_have_the_value_of_the_loss():
+    """At equal lengths the two losses must agree, or rates of one would not suit the other."""
+    student, sigma = torch.randn(3, 4, 8, 8), torch.ones(3)
+    teacher = torch.randn(3, 4, 8, 8)
+    teacher *= (student.flatten(1).norm(dim=1) / teacher.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    ours = curves.magnitude_and_direction(student, teacher, sigma, "velocity")
+    torch.testing.assert_close(ours, curves.state_loss(student, teacher, sigma, "velocity"))
