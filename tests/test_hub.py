@@ -116,7 +116,7 @@ def test_card_is_complete(pushed):
     assert (data.license, data.license_name, data.license_link) == ("other", "tiny-licence", "https://example.com")
     assert {"text-to-image", "lora", "diffusers", "template:sd-lora", "d-opsd"} <= set(data.tags)
     assert [w["output"]["url"] for w in data.widget] == ["samples/0.png", "samples/1.png"] and data.widget[0]["text"] == PROMPT
-    for words in (f"{STEPS} steps, no guidance", "The teacher", "## Limits", "0.05"):
+    for words in (f"{STEPS} steps, no guidance", f"rollouts of {STEPS} states, 1 of them trained", "The teacher", "## Limits", "0.05"):
         assert words in card.text
     command = shlex.split(re.search(r"```bash\n(.*?)\n```", card.text, re.DOTALL)[1])
     assert command[:3] == ["accelerate", "launch", "train_dopsd_lora.py"] and "--hub_token" not in command

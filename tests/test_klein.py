@@ -243,8 +243,9 @@ def test_times_are_rounded_as_in_inference(klein):
     latents, contexts = torch.zeros(1, 16, 128, 128), pipeline.encode_student(PROMPTS[:1])
     with torch.no_grad():
         for timestep in pipeline.few_step_grid(4, latents):
-            pipeline.velocity(pipeline.transformer, latents, timestep, contexts)
-    assert len(set(times)) == 4 and times[:4] == times[4:]
+            for time in (timestep, timestep[None]):  # of all images, and one for each
+                pipeline.velocity(pipeline.transformer, latents, time, contexts)
+    assert len(set(times)) == 4 and times[:4] == times[4::2] == times[5::2]
 
 
 def test_cuda_autocast_does_not_widen_what_attention_gets(train_klein, tmp_path, monkeypatch):
@@ -288,13 +289,13 @@ def test_grid_depends_on_the_resolution(pipeline):
 
 
 def test_batch_of_two_equals_two_of_one(pipeline):
-    """Prompts and references of one image must not reach the other."""
+    """Prompts, references and the time of one image must not reach the other."""
     contexts = pipeline.encode_student(PROMPTS, [[RED], [BLUE]])
-    latents, time = torch.randn(2, 16, 4, 4), torch.tensor(700.0)
+    latents, times = torch.randn(2, 16, 4, 4), torch.tensor([700.0, 300.0])
     with torch.no_grad():
-        both = pipeline.velocity(pipeline.transformer, latents, time, contexts)
-        each = [pipeline.velocity(pipeline.transformer, latents[i : i + 1], time, [contexts[i]]) for i in (0, 1)]
-        swapped = pipeline.velocity(pipeline.transformer, latents, time, contexts[::-1])
+        both = pipeline.velocity(pipeline.transformer, latents, times, contexts)
+        each = [pipeline.velocity(pipeline.transformer, latents[i : i + 1], times[i], [contexts[i]]) for i in (0, 1)]
+        swapped = pipeline.velocity(pipeline.transformer, latents, times, contexts[::-1])
     torch.testing.assert_close(both, torch.cat(each), rtol=1e-4, atol=1e-5)
     assert (both - swapped).abs().max() > 1e-3
 

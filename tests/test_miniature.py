@@ -24,6 +24,7 @@ import domain  # noqa: E402
 import train_sft  # noqa: E402
 
 import compare  # noqa: E402
+import curves  # noqa: E402
 import train_dopsd_full  # noqa: E402
 import train_dopsd_lora  # noqa: E402
 import world  # noqa: E402
@@ -189,3 +190,30 @@ def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch)
         module.main(module.parse_args(shlex.split(words.replace("$(( 6 * 60 ))", "360"))))
     assert sorted(steps for name, steps in runs if name == "train_sft") == [360, 360, 720, 720]
     assert [steps for name, steps in runs if name == "full"] == [120, 120, 720] and ("train_dopsd_lora", 60) in runs
+
+
+@pytest.mark.parametrize(("name", "passes"), [("m4", 12), ("m2", 7.3), ("m1", 4.5), ("first", 3), ("first_two", 6), ("early", 4), ("late", 5)])
+def test_variants_are_counted_in_the_passes_that_they_take(name, passes):
+    """Curves over a wrong cost would compare long runs with short ones."""
+    assert curves.VARIANTS[name].passes() == pytest.approx(passes, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["early_exact", "late_exact", "weights"])
+def test_weights_of_states(name):
+    """Weights that do not undo the draw would train another loss than the row says."""
+    variant, shown = curves.VARIANTS[name], torch.ones(4, 1, 1, 1)
+    losses = variant.loss(shown, torch.zeros_like(shown), torch.tensor(curves.SIGMAS), "velocity")
+    flags = types.SimpleNamespace(rollout_steps=4, states_per_rollout=1, train_batch_size=1, seed=0)
+    drawn = [variant.draw(flags, step, 0, 1)[0][0] for step in range(40)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / len(drawn)
+    expected = torch.tensor([8, 4, 2, 1]) / 15 if name == "weights" else torch.full((4,), 0.25)
+    torch.testing.assert_close(losses * shares, expected)
+
+
+def test_magnitude_and_direction_have_the_value_of_the_loss():
+    """At equal lengths the two losses must agree, or rates of one would not suit the other."""
+    student, sigma = torch.randn(3, 4, 8, 8), torch.ones(3)
+    teacher = torch.randn(3, 4, 8, 8)
+    teacher *= (student.flatten(1).norm(dim=1) / teacher.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    ours = curves.magnitude_and_direction(student, teacher, sigma, "velocity")
+    torch.testing.assert_close(ours, curves.state_loss(student, teacher, sigma, "velocity"))

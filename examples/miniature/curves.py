@@ -8,7 +8,7 @@ forward or a backward of one image: of an image whose last trained state is the 
 state a teacher forward and a backward. A whole run has 120 steps of 4 images with all 4 states, 5,760 passes; each question names the share of it that
 its variants get. On one concept, every variant is trained with the same grid of batch sizes and learning rates; its best setting (the
 highest sum of concept accuracy and unrelated accuracy at the end) is trained on the other concepts and with further seeds.
-A finished run is one file in --work_dir and is not run again.
+A finished run is one file in --work_dir, or an entry of curves.json, and is not run again.
 """
 
 import argparse
@@ -39,6 +39,7 @@ import train_dopsd_lora as script  # noqa: E402
 
 
 K, WHOLE, SEARCHED = 4, 5760, "cored_house"
+FINISHED = HERE / "curves.json"
 SIGMAS = [1.0, 0.9, 0.75, 0.5]  # of the four states
 draw_states, state_loss = script.draw_states, script.state_loss
 
@@ -177,6 +178,9 @@ def run(job):
     """Trains one LoRA, measures it on its way, and returns and stores the figures at each point."""
     name, share, concept, setting, seed, curve, args = job
     record = args.work_dir / f"{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{'-curve' if curve else ''}.json"
+    finished = json.loads(FINISHED.read_text())
+    if record.stem in finished:
+        return job[:-1], finished[record.stem]
     if not record.exists():
         torch.set_num_threads(1)
         each, points = VARIANTS[name].passes() * setting[0], []
@@ -272,9 +276,8 @@ def draw_curves(questions, path):
 # ---------------------------------------------------------------------------------------------------------------- noise
 def print_noise(args, batches=12, warm_up=40):
     """How far gradients of batches of 4 lie from their mean, half-way through a short training of M = 1 on SEARCHED."""
-    record = args.work_dir / "noise.json"
-    if not record.exists():
-        figures = {}
+    record, figures = args.work_dir / "noise.json", json.loads(FINISHED.read_text()).get("noise", {})
+    if not figures and not record.exists():
 
         def measure(pipeline, teacher, dataset, cache, flags, accelerator, step):
             if step != warm_up:
@@ -297,7 +300,7 @@ def print_noise(args, batches=12, warm_up=40):
 
         train(VARIANTS["m1"], SEARCHED, (4, 1e-3), 2 * warm_up, 0, measure, args)
         record.write_text(json.dumps(figures))
-    figures = json.loads(record.read_text())
+    figures = figures or json.loads(record.read_text())
     print(f"\nVariance of the gradient of a batch of 4, over the squared norm of the mean gradient of {batches} batches\n")
     print("| | of images and noises | of the draw of states | sum |\n|---|---|---|---|")
     for label, own in {"M = 4": 0.0, "M = 1, independent": figures["independent"], "M = 1, balanced": figures["balanced"]}.items():
