@@ -1302,6 +1302,7 @@ class Training:
         networks: folder in a checkpoint -> name -> live tensor, of student and teacher.
         identity: see `identity_of`.
         prepare: called with a checkpoint's folder before anything is written there.
+        warned, history: see `warn_once`.
     """
 
     accelerator: Accelerator
@@ -1312,6 +1313,8 @@ class Training:
     networks: dict
     identity: dict
     prepare: Callable
+    warned: set = dataclasses.field(default_factory=set)
+    history: list = dataclasses.field(default_factory=list)
 
 
 def list_checkpoints(output_dir):
@@ -2030,12 +2033,13 @@ def check_finite(losses, grad_norm=0.0):
         )
 
 
-def log_steps(pending, started, bar, args, accelerator):
+def log_steps(pending, started, bar, args, training):
     """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state (2, K), the
     gradient norm and the learning rate. A state that was not drawn is left out.
 
     Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
+    accelerator = training.accelerator
     table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
     for (step, *_, lr), (*sums_and_counts, grad_norm) in zip(pending, table, strict=True):
@@ -2045,7 +2049,28 @@ def log_steps(pending, started, bar, args, accelerator):
         loss = sum(sums) / sum(counts)
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
+        if not (args.prior_prompts and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
+            training.history.append((loss, grad_norm))
+    warn_once(training)
     bar.set_postfix(loss=loss, lr=lr)
+
+
+def warn_once(training):
+    """Says once what losses and gradients show when a run cannot come to anything, with the likely cause."""
+    del training.history[20:-20]
+    losses, norms = zip(*training.history) if training.history else ((), ())
+    signs = {
+        "Teacher and student predict the same, so nothing is learned: the teacher's context does not show it the image. Look at the "
+        "teacher's column of the first validation picture.": losses and max(losses) < 1e-12,
+        "All gradients are zero, so the weights stay as they are: see --lora_layers, --learning_rate and --mixed_precision.":
+            len(norms) >= 10 and max(losses) >= 1e-12 and not any(norms),
+        "The loss has grown tenfold since the start: the learning rate is too high, or the teacher follows too fast (--ema_decay).":
+            len(losses) >= 40 and np.mean(losses[-20:]) > 10 * np.mean(losses[:20]),
+    }  # fmt: skip
+    for text, seen in signs.items():
+        if seen and text not in training.warned:
+            training.warned.add(text)
+            logger.warning(text)
 
 
 def encoding_savings(args):
@@ -2117,7 +2142,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         saving = done % args.checkpointing_steps == 0 or last or stopped
         if not (showing or saving or time.perf_counter() - started > LOGGING_SECONDS):
             continue
-        log_steps(pending, started, bar, args, accelerator)
+        log_steps(pending, started, bar, args, training)
         if showing:
             validate(done)
         if saving:

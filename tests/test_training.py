@@ -393,6 +393,40 @@ def test_non_finite_gradient_does_not_reach_a_checkpoint(train_any, tmp_path, mo
     assert all(torch.isfinite(t.float()).all() for t in tensors_of(newest).values())
 
 
+def blind(self, velocity, out, step):
+    return out - out.detach() + 1.0
+
+
+def deaf(self, velocity, out, step):
+    return out * 0 + torch.randn(out.shape)
+
+
+def growing(self, velocity, out, step):
+    return out * 1.1**step
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"), [(blind, "predict the same"), (deaf, "gradients are zero"), (growing, "grown tenfold"), (None, None)]
+)
+def test_runs_that_come_to_nothing_say_so_once(train, tmp_path, monkeypatch, caplog, broken, words):
+    """An evening of training that cannot learn anything must not look like one that does."""
+    calls, velocity = [], DOPSDZImagePipeline.velocity
+
+    def patched(self, *args):
+        calls.append(1)
+        return broken(self, velocity, velocity(self, *args), len(calls) // 2)
+
+    if broken:
+        patch_velocity(monkeypatch, DOPSDZImagePipeline, patched)
+    monkeypatch.setattr(train.module, "LOGGING_SECONDS", 0)
+    (tmp_path / "prior.txt").write_text("a red car")
+    with caplog.at_level("WARNING"):
+        train(tmp_path / "out", max_train_steps=63, rollout_steps=1, learning_rate=1e-6, max_grad_norm=0, checkpointing_steps=1000,
+              prior_prompts=tmp_path / "prior.txt", context_cache_dir=tmp_path / "cache")  # fmt: skip
+    signs = ["predict the same", "gradients are zero", "grown tenfold"]
+    assert [caplog.text.count(sign) for sign in signs] == [int(sign == words) for sign in signs]
+
+
 def test_seed_makes_a_run_repeatable(train_any, tmp_path):
     """The same command gives the same LoRA, and --seed another one."""
     first, second = train_any(tmp_path / "1"), train_any(tmp_path / "2")
