@@ -38,9 +38,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png
 
+# two files of tests at a time, each on one core. What takes minutes is left out: make test-slow runs it
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m slow
 
 # torch is that of constraints.txt: of its older releases, none was tried
 $(LOWEST)/.installed: requirements.txt constraints.txt
