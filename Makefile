@@ -20,7 +20,7 @@ COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 4 --rank 16 --lora_layers $(LAYERS) \
 	--seed 0
 
-.PHONY: demo test test-lowest lint fix-copies
+.PHONY: demo test test-slow test-lowest lint fix-copies
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
