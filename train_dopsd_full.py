@@ -901,10 +901,12 @@ def check_weights(flag, name, parts, variant=None):
 
 
 def check_packages(args, sharded=False):
-    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, or a quantisation cannot work on this machine."""
+    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, a tracker or a quantisation cannot work on this machine."""
     package = {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt"}.get(args.optimizer)
     if package and not importlib.util.find_spec(package):
         raise ValueError(f"--optimizer {args.optimizer} needs {package}: pip install {package}.")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        raise ValueError(f"--report_to {args.report_to} needs {args.report_to}: pip install {args.report_to}, or give none.")
     for flag in ("quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
         if kind and args.mixed_precision != "bf16":
@@ -1559,9 +1561,9 @@ def report_disk(training, args, first_step):
     kept = min(count, args.checkpoints_total_limit or count)
     needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
     logger.info(f"Checkpoints: {kept} of at most {size / 2**30:.2f} GiB each (see --checkpointing_steps and --checkpoints_total_limit).")
-    free = shutil.disk_usage(args.output_dir).free
-    if needed > free:
-        logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
+    with contextlib.suppress(OSError):  # advice ends no run
+        if needed > (free := shutil.disk_usage(args.output_dir).free):
+            logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
 
 
 def settings_of(args):
@@ -2085,16 +2087,17 @@ def encoding_savings(args):
 
 
 @contextlib.contextmanager
-def explain_failures(savings):
+def explain_failures(savings, folder):
     """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less; a disk that
-    is full or a file that cannot be written or read becomes one that names it."""
+    is full or a file that cannot be written or read becomes one that names it, or `folder`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{error}. What was written before is kept; --resume_from_checkpoint latest goes on from it.") from error
+        where = "" if getattr(error, "filename", None) else f"{folder}: "
+        raise InputError(f"{where}{error}. What was written before is kept; --resume_from_checkpoint latest goes on from it.") from error
 
 
 def train(pipeline, training, dataset, cache, first_step, publish, args):
@@ -2210,12 +2213,12 @@ def main(args):
             build_without_weights(family, args)  # configs that do not fit are found before weights load
     except (ValueError, OSError) as error:
         raise InputError(error) from error
-    with explain_failures(encoding_savings(args)):
+    with explain_failures(encoding_savings(args), args.context_cache_dir):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
 
-    with explain_failures(full_savings(args)):
+    with explain_failures(full_savings(args), args.output_dir):
         pipeline = load_for_training(family, args)
         place_for_training(pipeline, args, accelerator)
         teacher = FullTeacher(pipeline.transformer, args, accelerator)

@@ -277,15 +277,34 @@ def test_disk_that_is_too_small_is_said_at_the_start(trainer, tmp_path, monkeypa
     assert "Checkpoints: 2 of at most" in caplog.text and "GiB left" in caplog.text
 
 
+def test_advice_ends_no_run(trainer, tmp_path, monkeypatch):
+    """Neither the look at the disk nor that at the base's licence is worth a night's training."""
+
+    def broken(*args, **kwargs):
+        raise OSError("broken")
+
+    monkeypatch.setattr(shutil, "disk_usage", broken)
+    monkeypatch.setattr(trainer.module.ModelCard, "load", broken)
+    trainer(tmp_path, max_train_steps=1)
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_tracker_that_is_not_there_is_refused(trainer, tmp_path, monkeypatch):
+    """The curves of a night would be nowhere."""
+    find = trainer.module.importlib.util.find_spec
+    monkeypatch.setattr(trainer.module.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    refused(trainer, tmp_path, "--report_to wandb", "pip install wandb", report_to="wandb")
+
+
 def test_full_disk_is_one_line_and_costs_nothing(trainer, output, monkeypatch):
     """The last good checkpoint and the result are what a full disk leaves."""
     before = content(output)
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", str(output / "checkpoint-4"))
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer.module.torch, "save", full)
-    with pytest.raises(script.InputError if trainer.module is script else ValueError, match="No space left on device.*checkpoint-4"):
+    with pytest.raises(script.InputError if trainer.module is script else ValueError, match=f"^{output}: .*No space left on device"):
         trainer(output, max_train_steps=4, resume_from_checkpoint="latest")
     left = content(output)
     assert all(left[path] == data for path, data in before.items())
