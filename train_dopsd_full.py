@@ -148,6 +148,8 @@ IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
     ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
     ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
+    ("without metadata.jsonl or metadata.csv", lambda a: a.instance_data_dir and not any(Path(a.instance_data_dir).glob("metadata.*")),
+     ["image_column", "caption_column", "reference_column"]),
     ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
     ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
@@ -401,123 +403,91 @@ def blamed_on(what):
 
 # --------------------------------------------------------------------------------------------------------------- data
 def read_folder(folder, args):
-    """Dataset with `image` (undecoded), `captions` and, with --reference_column, `references` of a folder of images.
-
-    Raises:
-        ValueError: no images, an image without caption, or a caption without image; the message names the file and the line.
-    """
+    """The columns of `read_dataset` of a folder of images. Raises ValueError that names the file and the line."""
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
     if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
         raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
-    rows, used = rows_of_metadata(metadata[0], args) if metadata else rows_of_texts(folder, files, args)
+    texts = [] if metadata else [p for p in files if p.suffix.lower() == ".txt"]
+    found = read_metadata(metadata[0]) if metadata else read_texts(folder, files, texts, args)
+    names = sorted({name for _, row in found for name in row})
+    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
+    check_columns(columns, metadata[0] if metadata else folder, args)
+    rows, places = [], {}
+    for place, row in found:
+        path = path_in(folder, row.get(columns[args.image_column]), place)
+        if places.setdefault(path, place) != place:
+            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
+        references = row.get(columns.get(args.reference_column)) or []
+        references = [path_in(folder, name, place) for name in (references if isinstance(references, list) else [references])]
+        captions = captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt)
+        # the size and time of each file make the cache of `inspect_images` a cache of these very images
+        stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
+        rows.append({"image": str(path), "captions": captions, "references": list(map(str, references)), "stamp": stamp})
+    used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
         logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
-    # the size and time of each file make the cache of `inspect_images` a cache of these very images
-    for row in rows:
-        stats = [os.stat(path) for path in [row["image"], *row.get("references", [])]]
-        row["stamp"] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
-    features = {"image": Value("string"), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
-    features |= {"references": ListFeature(Value("string"))} if args.reference_column else {}
-    columns = {name: [row[name] for row in rows] for name in features}
-    dataset = Dataset.from_generator(rows_of_columns, gen_kwargs={"columns": columns}, features=Features(features)).remove_columns("stamp")
-    dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    return dataset.cast_column("references", ListFeature(ImageFeature(decode=False))) if args.reference_column else dataset
+    image = ImageFeature(decode=False)
+    features = {"image": image, "captions": ListFeature(Value("string")), "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
+    # of a generator, because datasets caches on disk what it gave
+    dataset = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
+    return dataset.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"])
 
 
-def rows_of_columns(columns):
-    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values))
-
-
-def rows_of_texts(folder, files, args):
-    """Rows of `read_folder` whose captions are NAME.txt beside each image or --instance_prompt, and the files that they use."""
-    for name, default in {"image_column": "image", "caption_column": "text", "reference_column": None}.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"--{name} needs {' or '.join(METADATA_NAMES)} in {folder}, or --dataset_name.")
-    images = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}
+def read_texts(folder, files, texts, args):
+    """(place, row) of each image of a folder; its captions are the lines of NAME.txt, one of `texts`."""
+    images, text_of = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}, {p.stem: p for p in texts}
     if not images:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"--instance_data_dir {folder} holds no images ({suffixes}); folders in it are not looked into.")
-    stems, texts = set(images.values()), {}
-    for path in files:
-        if path.suffix.lower() == ".txt":
-            if path.stem not in stems:
-                raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
-            if texts.setdefault(path.stem, path) != path:
-                raise ValueError(f"{path}: {texts[path.stem].name} is a caption file of the same image; remove one of them.")
-    rows = []
-    for path, stem in images.items():
-        if not path.is_file():
-            raise ValueError(f"{path} is no file that can be read, but perhaps a link to nothing; remove it.")
-        lines = read_lines(texts[stem]) if stem in texts else [args.instance_prompt]
-        if not any(lines):
-            raise ValueError(f"{path} has no caption: write {stem}.txt beside it or give --instance_prompt.")
-        rows.append({"image": str(path), "captions": lines})
-    return rows, {*images, *texts.values()}
+    for path in texts:
+        if path.stem not in images.values():
+            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+        if text_of[path.stem] != path:
+            raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
+    return [
+        (str(path), {"file_name": path.name, args.caption_column: read_lines(text_of[stem]) if stem in text_of else []})
+        for path, stem in images.items()
+    ]
 
 
 def read_metadata(file):
-    """The rows of metadata.jsonl or metadata.csv, each with the place where it stands. Raises ValueError for what is neither."""
+    """(place, row) of each row of metadata.jsonl or metadata.csv."""
+    rows = []
     with blamed_on(file):
         text = file.read_text("utf-8-sig")
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        with blamed_on(file):
-            return [(f"{file}, line {reader.line_num}", row) for row in reader]
-    rows = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for i, (place, line) in enumerate(rows):
-        with blamed_on(f"{place} is no JSON"):
-            rows[i] = (place, json.loads(line))
-        if not isinstance(rows[i][1], dict):
-            raise ValueError(f"{place} is no JSON object with a file_name.")
+        if file.suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(text))
+            rows = [(f"{file}, line {reader.line_num}", row) for row in reader]
+    for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [], 1):
+        if line.strip():
+            with blamed_on(f"{file}, line {number} is no JSON object"):
+                rows.append((f"{file}, line {number}", {**json.loads(line)}))
+    if not rows:
+        raise ValueError(f"{file} holds no rows.")
+    if place := next((place for place, row in rows if None in row), None):
+        raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
     return rows
 
 
-def rows_of_metadata(file, args):
-    """As `rows_of_texts`, of the rows of metadata.jsonl or metadata.csv."""
-    found, places, rows, caption = read_metadata(file), {}, [], args.caption_column
-    if not found:
-        raise ValueError(f"{file} holds no rows.")
-    names = {str(name) for _, row in found for name in row}
-    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in sorted(names)}
-    if args.image_column not in columns:
-        raise ValueError(f"{file} has no column {'file_name' if args.image_column == 'image' else f'{args.image_column}_file_name'}.")
-    check_columns(columns, args)
-
-    def path_of(name, place):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{place} names no image.")
-        path = file.parent / os.path.normpath(name)
-        if os.path.isabs(name) or ".." in path.parts[len(file.parent.parts) :]:
-            raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
-        if not path.is_file():
-            raise ValueError(f"{place}: there is no file {name} in the folder.")
-        return path
-
-    for place, row in found:
-        if None in row:
-            raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
-        path = path_of(row.get(columns[args.image_column]), place)
-        if places.setdefault(path, place) != place:
-            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
-        rows.append({"image": str(path), "captions": captions_of(row.get(caption), place, caption, args.instance_prompt)})
-        if args.reference_column:
-            references = row.get(columns[args.reference_column]) or []
-            references = references if isinstance(references, list) else [references]
-            rows[-1]["references"] = [str(path_of(name, place)) for name in references]
-    return rows, {file, *places, *(Path(path) for row in rows for path in row.get("references", []))}
+def path_in(folder, name, place):
+    """The image of a `name` that stands at `place`."""
+    path = Path(os.path.normpath(name)) if isinstance(name, str) and name.strip() else Path()
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
+    if not (folder / path).is_file():
+        raise ValueError(f"{place} names no image: {name!r} is no file in the folder, or a link to nothing.")
+    return folder / path
 
 
-def check_columns(columns, args):
+def check_columns(columns, source, args):
     """Raises ValueError for a flag that names none of the `columns` of a dataset."""
+    hints = {"image_column": "; in metadata they are file_name or NAME_file_name", "caption_column": "; name it, or give --instance_prompt"}
     for name in ("image_column", "caption_column", "reference_column"):
         column = getattr(args, name)
         if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
-            more = "; name the column, or give --instance_prompt" if name == "caption_column" else ""
-            raise ValueError(f"--{name} {column!r} is none of the columns {', '.join(sorted(columns))}{more}.")
+            raise ValueError(f"--{name} {column!r} is none of the columns {', '.join(sorted(columns))} of {source}{hints.get(name, '')}.")
 
 
 def captions_of(value, place, column, instance_prompt):
@@ -535,10 +505,8 @@ def captions_of(value, place, column, instance_prompt):
 
 def read_lines(path, name=None):
     """The lines of a text file, without blank ones. Raises ValueError where it cannot be read."""
-    try:
+    with blamed_on(f"{name or path} is no text file in UTF-8 that can be read"):
         lines = path.read_text("utf-8-sig").split("\n")  # not at other characters, as splitlines() would
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name or path} is no text file in UTF-8 that can be read ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -548,40 +516,32 @@ def read_dataset(args):
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
     """
-    source = "instance_data_dir" if args.instance_data_dir else "dataset_name"
-    folder = Path(getattr(args, source))
-    if source == "instance_data_dir" and not folder.is_dir():
+    flag, folder = f"--dataset_name {args.dataset_name}", Path(args.instance_data_dir or args.dataset_name)
+    if args.instance_data_dir and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if source == "instance_data_dir" or any(name in METADATA_NAMES for name in names):
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if args.instance_data_dir or names & set(METADATA_NAMES):
         return read_folder(folder, args)
     if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
-        raise ValueError(f"--dataset_name {folder} is a folder of images: give it as --instance_data_dir.")
+        raise ValueError(f"{flag} is a folder of images: give it as --instance_data_dir.")
     check_source("dataset_name", args.dataset_name, repo_type="dataset")
-    with blamed_on(f"--dataset_name {args.dataset_name}"):
+    with blamed_on(flag):
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
     if not len(dataset):
-        raise ValueError(f"--dataset_name {args.dataset_name} holds no rows.")
-    check_columns(dataset.column_names, args)
+        raise ValueError(f"{flag} holds no rows.")
+    check_columns(dataset.column_names, args.dataset_name, args)
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
-    feature = ImageFeature(decode=False)
     for column in pictures:
-        several = isinstance(dataset.features[column], ListFeature)
-        with blamed_on(f"--dataset_name {args.dataset_name}: column {column} holds no images"):
+        feature = ImageFeature(decode=False)
+        with blamed_on(f"{flag}: column {column} holds no images"):
+            several = isinstance(dataset.features[column], ListFeature)
             dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+    column = args.caption_column
+    cells = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
+    captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
     # columns are worked on apart, so that no image is copied into the cache
-    images = dataset.select_columns(list(pictures))
-    images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
-    name, column, prompt = args.dataset_name, args.caption_column, args.instance_prompt
-    if column not in dataset.column_names:
-        return images.add_column("captions", [[prompt]] * len(images))
-
-    def read_captions(row, index):  # knows no other arguments: what it gave is cached for others, too
-        return {"captions": captions_of(row[column], f"Row {index} of {name}", column, prompt)}
-
-    texts = dataset.select_columns(column)
-    texts = texts.map(read_captions, with_indices=True, remove_columns=texts.column_names, desc="captions")
-    return concatenate_datasets([images, texts], axis=1)
+    images = dataset.select_columns(list(pictures)).rename_columns({old: new for old, new in pictures.items() if old != new})
+    return images.add_column("captions", captions)
 
 
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
