@@ -107,6 +107,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -307,6 +308,9 @@ def add_lora_arguments(parser):
     add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention and feed-forward of all blocks.")
 
 
+SHARED_ARGUMENTS = [add_model_arguments, add_data_arguments, add_dopsd_arguments, add_training_arguments, add_output_arguments]
+
+
 def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     for wrong, message in [
@@ -336,12 +340,8 @@ def check_arguments(parser, args):
 
 def parse_args(input_args=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_dopsd_arguments(parser)
-    add_lora_arguments(parser)
-    add_training_arguments(parser)
-    add_output_arguments(parser)
+    for add in (*SHARED_ARGUMENTS, add_lora_arguments):
+        add(parser)
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
     args.lora_alpha = args.lora_alpha or args.rank
@@ -403,19 +403,16 @@ def read_folder(folder, args):
 
 def read_texts(folder, files, texts, args):
     """(place, row) of each image of a folder; its captions are the lines of NAME.txt, one of `texts`."""
-    images, text_of = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}, {p.stem: p for p in texts}
+    images, text_of = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()], {p.stem: p for p in texts}
     if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"--instance_data_dir {folder} holds no images ({suffixes}); folders in it are not looked into.")
+        raise ValueError(f"--instance_data_dir {folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}), folders in it aside.")
     for path in texts:
-        if path.stem not in images.values():
+        if path.stem not in {image.stem for image in images}:
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
             raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
-    return [
-        (str(path), {"file_name": path.name, args.caption_column: read_lines(text_of[stem]) if stem in text_of else []})
-        for path, stem in images.items()
-    ]
+    lines = {stem: read_lines(path) for stem, path in text_of.items()}
+    return [(str(p), {"file_name": p.name, args.caption_column: lines.get(p.stem)}) for p in images]
 
 
 def read_metadata(file):
@@ -459,8 +456,8 @@ def check_columns(columns, source, args):
 
 def captions_of(value, place, column, instance_prompt):
     """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text."""
-    captions = [value] if value is None or isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
+    captions = value if isinstance(value, list) else [value]
+    if not all(caption is None or isinstance(caption, str) for caption in captions):
         raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption and no list of captions.")
     captions = [c for c in captions if c and c.strip()] or [instance_prompt]
     if not captions[0]:
@@ -512,7 +509,7 @@ def read_dataset(args):
 
 
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
-    """Raises ValueError for a `name` that is neither here nor in the Hub's cache nor on the Hub, which the libraries would ask six times."""
+    """Raises ValueError for a `name` that is neither here nor on the Hub. The libraries would ask the Hub six times."""
     if os.path.exists(name):
         return
     try:
@@ -521,7 +518,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
         if not cached and not is_offline_mode():
             HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
     except Exception as error:  # also of the network
-        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you no such repository"}
+        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
         reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
         raise ValueError(f"--{flag} {name} is no folder, and {reason}.") from error
 
@@ -627,8 +624,7 @@ def epoch_order(layouts, batch_size, seed, epoch):
 def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
     """Row indices and a random generator for each image of a process's micro-batch.
 
-    It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
-    two processes draw what one process with twice the batch would.
+    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same.
     """
     total = batch_size * num_processes
     epoch, place = divmod(micro_step, len(epoch_order(layouts, total, seed, 0)))
@@ -675,7 +671,7 @@ class ContextCache:
     def read(self, row, shown, caption):
         """(student context, teacher context); they are one for a prior prompt."""
         tensors = load_file(self.path(row, shown, caption))
-        student, teacher = ({n.removeprefix(who): t for n, t in tensors.items() if n.startswith(who)} for who in ("student.", "teacher."))
+        student, teacher = ({n[len(who) :]: t for n, t in tensors.items() if n.startswith(who)} for who in ("student.", "teacher."))
         return student, teacher or student
 
     def write(self, row, shown, caption, student, teacher):
@@ -694,23 +690,17 @@ class ContextCache:
         """Whether a context is there as it was written; a damaged file is named."""
         if not os.path.exists(path):
             return False
-        try:
+        with contextlib.suppress(Exception):  # of any kind: the damage may be anywhere
             with safe_open(path, "pt") as file:
-                good = file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()})
-        except Exception:  # of any kind: the damage may be anywhere
-            good = False
-        if not good:
-            logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
-        return good
+                if file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()}):
+                    return True
+        logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
+        return False
 
 
 def tensor_checksum(tensors):
-    """Hash over names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Hash over names, dtypes, shapes and values."""
+    return hashlib.sha256(serialize(tensors)).hexdigest()
 
 
 def sees_references(args):
@@ -761,7 +751,7 @@ def check_contexts(family, args, dataset, pairs):
             # a token is at least one byte: of most texts no token needs to be counted
             if without + len(text.encode()) > limit and (length := length_of()) > limit:
                 place = place_of(dataset, index, caption, args)
-                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit} fit. Shorten it{remedy}.")
+                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}. Shorten it{remedy}.")
 
 
 def place_of(dataset, index, caption, args):
@@ -822,18 +812,6 @@ def quantization_config(component, kind, library):
     return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
 
 
-def encode_batch(pipeline, args, cache, dataset, pairs):
-    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
-    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
-    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-    if pairs[0][0] is not None:
-        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-        cache.write(*row, caption, student, teacher)
-
-
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     """Encodes the (row index, caption) `pairs` that are not in the cache, or damaged there, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
@@ -852,10 +830,10 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    """Loads the encoders, encodes the `missing` pairs, a few in one forward, and frees the encoders."""
+    unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
+    quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
-        quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
         pipeline = family.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=weight_dtype_of(args),
             quantization_config=quantization, **unneeded,
@@ -864,9 +842,17 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for group in filter(None, ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None])):
-        for start in tqdm(range(0, len(group), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
-            encode_batch(pipeline, args, cache, dataset, group[start : start + ENCODING_BATCH])
+    groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
+    batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
+    for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
+        rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+        students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
+        if pairs[0][0] is not None:
+            prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+            teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+        for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
+            cache.write(*row, caption, student, teacher)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
