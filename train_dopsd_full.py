@@ -216,7 +216,8 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(float, low=0, below=1)
 
 
-def add_model_arguments(parser):
+def add_shared_arguments(parser):
+    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
     add("--revision", help="Revision of the base on the Hub.")
@@ -224,9 +225,6 @@ def add_model_arguments(parser):
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, which reads the images. Default: the family's.")
     add("--teacher_max_pixels", type=COUNT, help="Larger images are scaled down for the VLM. Default: the family's.")
     add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold text encoder and VLM so while contexts are encoded.")
-
-
-def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--instance_data_dir", help="Folder of images, captions as lines of NAME.txt or in metadata.jsonl or metadata.csv.")
     add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
@@ -238,9 +236,6 @@ def add_data_arguments(parser):
     add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
     add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
-
-
-def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
     add("--states_per_rollout", type=COUNT, default=1, help="M: how many states of each rollout, drawn at random, are trained.")
@@ -252,11 +247,7 @@ def add_dopsd_arguments(parser):
     add("--prior_prompts", help="Text file of prompts, one a line, that the model is to go on drawing as it does.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
-
-
-def add_training_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimisation step.")
     add("--max_train_steps", type=COUNT, default=1000, help="Optimisation steps.")
@@ -280,9 +271,6 @@ def add_training_arguments(parser):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
-
-
-def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
@@ -315,19 +303,17 @@ def add_full_arguments(parser):
 
 def check_full_arguments(parser, args):
     """One error for flags that do not go together."""
-    if args.stochastic_rounding and args.optimizer != "adamw":
-        parser.error(f"--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam or --optimizer {args.optimizer}")
-    if args.fused_backward_pass and args.optimizer == "prodigy":
-        parser.error("--fused_backward_pass updates one weight at a time, and --optimizer prodigy needs all: leave one out")
-    if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
-        parser.error("--fused_backward_pass holds no gradient to add to: give --gradient_accumulation_steps 1")
-    if args.fused_backward_pass and args.states_per_rollout > 1:
-        parser.error("--fused_backward_pass holds no gradient to add to: give --states_per_rollout 1")
-    if args.fused_backward_pass and args.max_grad_norm > 0:
-        parser.error("--fused_backward_pass cannot clip the norm of a gradient that is never held: give --max_grad_norm 0")
-
-
-SHARED_ARGUMENTS = [add_model_arguments, add_data_arguments, add_dopsd_arguments, add_training_arguments, add_output_arguments]
+    fused = args.fused_backward_pass
+    for wrong, message in [
+        (args.stochastic_rounding and args.optimizer != "adamw",
+         f"--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam or --optimizer {args.optimizer}"),
+        (fused and args.optimizer == "prodigy", "--fused_backward_pass updates one weight at a time: leave out --optimizer prodigy"),
+        (fused and args.gradient_accumulation_steps > 1, "--fused_backward_pass holds no gradient: give --gradient_accumulation_steps 1"),
+        (fused and args.states_per_rollout > 1, "--fused_backward_pass holds no gradient to add to: give --states_per_rollout 1"),
+        (fused and args.max_grad_norm > 0, "--fused_backward_pass holds no gradient that could be clipped: give --max_grad_norm 0"),
+    ]:  # fmt: skip
+        if wrong:
+            parser.error(message)
 
 
 def check_arguments(parser, args):
@@ -359,8 +345,8 @@ def check_arguments(parser, args):
 
 def parse_args(input_args=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    for add in (*SHARED_ARGUMENTS, add_full_arguments):
-        add(parser)
+    add_shared_arguments(parser)
+    add_full_arguments(parser)
     parser.set_defaults(checkpoints_total_limit=2)  # each is several times the model
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
@@ -422,8 +408,9 @@ def read_texts(folder, files, texts, args):
     images, text_of = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()], {p.stem: p for p in texts}
     if not images:
         raise ValueError(f"--instance_data_dir {folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}), folders in it aside.")
+    stems = {image.stem for image in images}
     for path in texts:
-        if path.stem not in {image.stem for image in images}:
+        if path.stem not in stems:
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
             raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
@@ -541,10 +528,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
 
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
-
-    Raises:
-        ValueError: the image cannot be read; the message names it.
-    """
+    Raises ValueError that names an image that cannot be read."""
     name = (source or {}).get("path") or "An image of the dataset"
     if not any((source or {}).values()):
         raise ValueError(f"{name} is empty; remove its row.")
@@ -846,7 +830,7 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes the `missing` pairs, a few in one forward, and frees the encoders."""
+    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
     unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
     quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
@@ -861,18 +845,23 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
     batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
     for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
-        rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
-        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-        students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-        if pairs[0][0] is not None:
-            prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-            teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-        for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-            cache.write(*row, caption, student, teacher)
+        encode_batch(pipeline, args, cache, dataset, pairs)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
+
+
+def encode_batch(pipeline, args, cache, dataset, pairs):
+    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
+    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
+    if pairs[0][0] is not None:
+        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
+        cache.write(*row, caption, student, teacher)
 
 
 # ------------------------------------------------------------------------------------------------------------- method

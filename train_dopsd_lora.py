@@ -211,7 +211,8 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(float, low=0, below=1)
 
 
-def add_model_arguments(parser):
+def add_shared_arguments(parser):
+    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
     add("--revision", help="Revision of the base on the Hub.")
@@ -219,9 +220,6 @@ def add_model_arguments(parser):
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, which reads the images. Default: the family's.")
     add("--teacher_max_pixels", type=COUNT, help="Larger images are scaled down for the VLM. Default: the family's.")
     add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold text encoder and VLM so while contexts are encoded.")
-
-
-def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--instance_data_dir", help="Folder of images, captions as lines of NAME.txt or in metadata.jsonl or metadata.csv.")
     add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
@@ -233,9 +231,6 @@ def add_data_arguments(parser):
     add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
     add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
-
-
-def add_dopsd_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
     add("--states_per_rollout", type=COUNT, default=1, help="M: how many states of each rollout, drawn at random, are trained.")
@@ -247,11 +242,7 @@ def add_dopsd_arguments(parser):
     add("--prior_prompts", help="Text file of prompts, one a line, that the model is to go on drawing as it does.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
-
-
-def add_training_arguments(parser):
     add = parser.add_argument_group("training").add_argument
-    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimisation step.")
     add("--max_train_steps", type=COUNT, default=1000, help="Optimisation steps.")
@@ -275,9 +266,6 @@ def add_training_arguments(parser):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
-
-
-def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
@@ -306,9 +294,6 @@ def add_lora_arguments(parser):
     add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer so. Use it with --gradient_checkpointing.")
     add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks that visit the GPU in turn.")
     add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention and feed-forward of all blocks.")
-
-
-SHARED_ARGUMENTS = [add_model_arguments, add_data_arguments, add_dopsd_arguments, add_training_arguments, add_output_arguments]
 
 
 def check_arguments(parser, args):
@@ -340,8 +325,8 @@ def check_arguments(parser, args):
 
 def parse_args(input_args=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    for add in (*SHARED_ARGUMENTS, add_lora_arguments):
-        add(parser)
+    add_shared_arguments(parser)
+    add_lora_arguments(parser)
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
     args.lora_alpha = args.lora_alpha or args.rank
@@ -406,8 +391,9 @@ def read_texts(folder, files, texts, args):
     images, text_of = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()], {p.stem: p for p in texts}
     if not images:
         raise ValueError(f"--instance_data_dir {folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}), folders in it aside.")
+    stems = {image.stem for image in images}
     for path in texts:
-        if path.stem not in {image.stem for image in images}:
+        if path.stem not in stems:
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
             raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
@@ -525,10 +511,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
 
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
-
-    Raises:
-        ValueError: the image cannot be read; the message names it.
-    """
+    Raises ValueError that names an image that cannot be read."""
     name = (source or {}).get("path") or "An image of the dataset"
     if not any((source or {}).values()):
         raise ValueError(f"{name} is empty; remove its row.")
@@ -830,7 +813,7 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes the `missing` pairs, a few in one forward, and frees the encoders."""
+    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
     unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
     quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
@@ -845,18 +828,23 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
     batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
     for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
-        rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
-        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-        students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-        if pairs[0][0] is not None:
-            prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-            teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-        for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-            cache.write(*row, caption, student, teacher)
+        encode_batch(pipeline, args, cache, dataset, pairs)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
+
+
+def encode_batch(pipeline, args, cache, dataset, pairs):
+    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
+    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
+    if pairs[0][0] is not None:
+        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
+        cache.write(*row, caption, student, teacher)
 
 
 # ------------------------------------------------------------------------------------------------------------- method
