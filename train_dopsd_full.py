@@ -90,7 +90,7 @@ from diffusers.training_utils import (
     free_memory,
     generate_aspect_ratio_buckets,
 )
-from diffusers.utils import check_min_version, is_bitsandbytes_available, is_torchao_available, make_image_grid
+from diffusers.utils import check_min_version, is_torchao_available, make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
@@ -112,6 +112,7 @@ from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, va
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -148,6 +149,8 @@ IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
     ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
     ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
+    ("without metadata.jsonl or metadata.csv", lambda a: a.instance_data_dir and not any(Path(a.instance_data_dir).glob("metadata.*")),
+     ["image_column", "caption_column", "reference_column"]),
     ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
     ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
@@ -186,13 +189,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-class RefuseToken(argparse.Action):
-    """A command line is seen by others on the machine, and `accelerate launch` prints it when a run fails."""
-
-    def __call__(self, parser, *_):
-        parser.error("--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out")
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """Ends with one line for a wrong flag, without the usage."""
 
@@ -201,7 +197,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """Type of a flag that takes a finite `kind` between `low` and `high`, which are in the range, or `above` and `below`, which are not."""
+    """Type of a flag that takes a finite `kind` from `low` to `high`, or between `above` and `below`."""
     ends = {"at least": low, "above": above, "at most": high, "below": below}
     words = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end))
 
@@ -217,112 +213,88 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     return parse
 
 
-def add_model_arguments(parser):
+COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(float, low=0, below=1)
+
+
+def add_shared_arguments(parser):
+    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
     add("--revision", help="Revision of the base on the Hub.")
     add("--variant", help="Variant of the base's weight files, for example fp16.")
-    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, whose vision part reads the training "
-        "images for the teacher. Default: that of the family, for example Qwen/Qwen3-VL-4B-Instruct.")
-    add("--teacher_max_pixels", type=number(int, low=1), help="Area above which images are scaled down for the VLM; fewer pixels give a "
-        "shorter teacher context. Default: the family's.")
-    add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold the text encoder, and so the VLM's language model, in 4 bits (nf4: "
-        "bitsandbytes) or 8 bits (int8, fp8: torchao) while contexts are encoded.")  # fmt: skip
-
-
-def add_data_arguments(parser):
+    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, which reads the images. Default: the family's.")
+    add("--teacher_max_pixels", type=COUNT, help="Larger images are scaled down for the VLM. Default: the family's.")
+    add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold text encoder and VLM so while contexts are encoded.")
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="Folder of images with captions as NAME.txt beside each (one caption per line) or in "
-        "metadata.jsonl or metadata.csv (imagefolder format).")
+    add("--instance_data_dir", help="Folder of images, captions as lines of NAME.txt or in metadata.jsonl or metadata.csv.")
     add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
     add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
-    add("--resolution", type=number(int, low=1), default=1024, help="Side of a square image. Others are trained in buckets of the same "
-        "area and the nearest aspect ratio.")
-    add("--random_flip", action="store_true", help="Train on each image and on its mirror image; not for subjects with letters or sides.")
-    add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")  # fmt: skip
-
-
-def add_dopsd_arguments(parser):
+    add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
+    add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
+    add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
     add = parser.add_argument_group("D-OPSD").add_argument
-    add("--rollout_steps", type=number(int, low=1), default=4, help="K: states of a rollout, the inference grid of that many steps.")
-    add("--states_per_rollout", type=number(int, low=1), default=1, help="M: states of each rollout that are trained, drawn so that "
-        "all come equally often; the rollout ends after the last. The mean gradient is that of all K.")
-    add("--num_inference_steps", type=number(int, low=1), help="Steps that users will run: of the validation pictures, and the default of "
-        "the saved pipeline. Default: the family's, 8 for Z-Image-Turbo.")
-    add("--teacher_context", choices=["vlm", "edit"], help="How the teacher sees the image. vlm: in its prompt, through the "
-        "VLM. edit: as a reference image of the transformer (FLUX.2). Default: vlm.")
+    add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
+    add("--states_per_rollout", type=COUNT, default=1, help="M: how many states of each rollout, drawn at random, are trained.")
+    add("--num_inference_steps", type=COUNT, help="Steps that users will run, and of validation. Default: the family's.")
+    add("--teacher_context", choices=["vlm", "edit"], help="vlm: the image is in its prompt. edit: it is a reference (FLUX.2).")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
-    add("--teacher_image", choices=["target", "other"], default="target", help="The image that the teacher sees: the training "
-        "image itself, or the next one of the set, which guards against copying.")
-    add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1.0: frozen base. 0.0: copy of the student.")
-    add("--prior_prompts", help="Text file with a prompt on each line that the model is to go on drawing as it does: some "
-        "batches are rollouts on them, with a teacher that sees no image.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="It sees the image itself, or the next one.")
+    add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
+    add("--prior_prompts", help="Text file of prompts, one a line, that the model is to go on drawing as it does.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
-    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. "
-        "x0: weighted with sigma^2, as in the authors' code.")  # fmt: skip
-
-
-def add_training_arguments(parser):
+    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
     add = parser.add_argument_group("training").add_argument
-    add("--train_batch_size", type=number(int, low=1), default=1, help="Images per process and micro-step.")
-    add("--gradient_accumulation_steps", type=number(int, low=1), default=1, help="Micro-steps per optimisation step.")
-    add("--max_train_steps", type=number(int, low=1), default=1000, help="Optimisation steps.")
-    add("--num_train_epochs", type=number(int, low=1), help="In place of --max_train_steps: how often each image is drawn.")
-    add("--learning_rate", type=number(float, above=0), default=1e-4, help="Peak learning rate.")
-    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
-        help="Learning rate over the steps.")
+    add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimisation step.")
+    add("--max_train_steps", type=COUNT, default=1000, help="Optimisation steps.")
+    add("--num_train_epochs", type=COUNT, help="In place of --max_train_steps: how often each image is drawn.")
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="Peak learning rate; 1 for prodigy.")
+    add("--lr_scheduler", default="constant", choices=schedulers, help="Learning rate over the steps.")
     add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps over which it rises from zero.")
-    add("--lr_num_cycles", type=number(int, low=1), default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=number(float, above=0), default=1.0, help="Power of the polynomial scheduler.")
-    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="adamw8bit: states of 8 bits. "
-        "adafactor: factored states, no momentum. prodigy: finds the learning rate itself; give --learning_rate 1.")
+    add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
+    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="prodigy finds the rate itself.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
-    add("--adam_beta1", type=number(float, low=0, below=1), default=0.9, help="Decay of AdamW's mean of gradients.")
-    add("--adam_beta2", type=number(float, low=0, below=1), default=0.999, help="Decay of its mean of squares.")
+    add("--adam_beta1", type=DECAY, default=0.9, help="Decay of AdamW's mean of gradients.")
+    add("--adam_beta2", type=DECAY, default=0.999, help="Decay of its mean of squares.")
     add("--adam_weight_decay", type=number(float, low=0), default=0.0, help="Decoupled weight decay.")
-    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="Added to the denominator.")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="Added to the denominator.")
     add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
-    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of the blocks that --gradient_checkpointing recomputes.")
+    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of the blocks that are recomputed.")
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
-
-
-def add_output_arguments(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
-    add("--overwrite_output_dir", action="store_true", help="Start anew in an OUTPUT_DIR that holds a run: what that run wrote is "
-        "removed, contexts excepted.")
-    add("--checkpointing_steps", type=number(int, low=1), default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=number(int, low=1), help="Keep only so many of the newest checkpoints.")
+    add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
+    add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=COUNT, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
-    add("--validation_prompt", nargs="+", help="Prompts of the validation picture; the teacher sees a training image with "
-        "each. Default: training captions.")
+    add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
     add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
-    add("--num_validation_images", type=number(int, low=1), default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--num_validation_images", type=COUNT, default=4, help="Rows of the validation picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
     add("--hub_push_checkpoints", action="store_true", help="Push the result so far at each checkpoint, too.")
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
-    add("--hub_token", action=RefuseToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds without an answer after which a request of the push fails. Some "
-        "are tried six times.")  # fmt: skip
+    add("--hub_token", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds without an answer until a request fails.")
 
 
 def add_full_arguments(parser):
     add = parser.add_argument_group("full fine-tuning").add_argument
     add("--ema_device", choices=["accelerator", "cpu"], default="accelerator", help="Where the teacher's fp32 average is "
         "held. cpu: a copy in the dtype of --mixed_precision computes on the accelerator.")
-    add("--ema_refresh_steps", type=number(int, low=1), default=10, help="With --ema_device cpu: steps between updates of average and copy.")
+    add("--ema_refresh_steps", type=COUNT, default=10, help="With --ema_device cpu: steps between updates of average and copy.")
     add("--stochastic_rounding", action="store_true", help="Hold the weights in bf16 alone; AdamW of torchao with 8-bit "
         "states rounds each update at random, so that small ones are not lost.")
     add("--fused_backward_pass", action="store_true", help="Update each weight during the backward and free its gradient: no "
@@ -331,52 +303,50 @@ def add_full_arguments(parser):
 
 def check_full_arguments(parser, args):
     """One error for flags that do not go together."""
-    if args.stochastic_rounding and args.optimizer != "adamw":
-        parser.error(f"--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam or --optimizer {args.optimizer}")
-    if args.fused_backward_pass and args.optimizer == "prodigy":
-        parser.error("--fused_backward_pass updates one weight at a time, and --optimizer prodigy needs all: leave one out")
-    if args.fused_backward_pass and args.gradient_accumulation_steps > 1:
-        parser.error("--fused_backward_pass holds no gradient to add to: give --gradient_accumulation_steps 1")
-    if args.fused_backward_pass and args.states_per_rollout > 1:
-        parser.error("--fused_backward_pass holds no gradient to add to: give --states_per_rollout 1")
-    if args.fused_backward_pass and args.max_grad_norm > 0:
-        parser.error("--fused_backward_pass cannot clip the norm of a gradient that is never held: give --max_grad_norm 0")
+    fused = args.fused_backward_pass
+    for wrong, message in [
+        (args.stochastic_rounding and args.optimizer != "adamw",
+         f"--stochastic_rounding brings its own 8-bit AdamW: leave out --use_8bit_adam or --optimizer {args.optimizer}"),
+        (fused and args.optimizer == "prodigy", "--fused_backward_pass updates one weight at a time: leave out --optimizer prodigy"),
+        (fused and args.gradient_accumulation_steps > 1, "--fused_backward_pass holds no gradient: give --gradient_accumulation_steps 1"),
+        (fused and args.states_per_rollout > 1, "--fused_backward_pass holds no gradient to add to: give --states_per_rollout 1"),
+        (fused and args.max_grad_norm > 0, "--fused_backward_pass holds no gradient that could be clipped: give --max_grad_norm 0"),
+    ]:  # fmt: skip
+        if wrong:
+            parser.error(message)
 
 
 def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        parser.error("give either --instance_data_dir or --dataset_name")
-    if args.states_per_rollout > args.rollout_steps:
-        parser.error(f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}")
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        parser.error("--overwrite_output_dir starts anew: leave out --resume_from_checkpoint")
-    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw8bit"):
-        parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}: leave one out")
+    for wrong, message in [
+        ((args.instance_data_dir is None) == (args.dataset_name is None), "give either --instance_data_dir or --dataset_name"),
+        (args.states_per_rollout > args.rollout_steps,
+         f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}"),
+        (args.overwrite_output_dir and args.resume_from_checkpoint, "--overwrite_output_dir goes without --resume_from_checkpoint"),
+        ("hub_token" in args, "--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out"),
+        (args.use_8bit_adam and "adamw" not in args.optimizer, f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}"),
+        (args.optimizer == "prodigy" and args.learning_rate < 0.1,
+         f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}"),
+        (args.random_flip and args.reference_column, "--random_flip does not go with --reference_column: references are not mirrored"),
+    ]:  # fmt: skip
+        if wrong:
+            parser.error(message)
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     del args.use_8bit_adam
-    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
-        parser.error(f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}")
-    if args.random_flip and args.reference_column:
-        parser.error("--random_flip does not go with --reference_column: references are not mirrored")
     for when, idle, names in IDLE_FLAGS:
         for name in names:
             if getattr(args, name, None) != parser.get_default(name) and idle(args):
                 parser.error(f"--{name} has no effect {when}")
     for name, value in vars(args).items():
-        if name != "teacher_prompt_suffix" and any(v == "" or str(v).isspace() for v in (value if isinstance(value, list) else [value])):
+        if name != "teacher_prompt_suffix" and not all(str(v).strip() for v in (value if isinstance(value, list) else [value])):
             parser.error(f"--{name} is empty")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
 def parse_args(input_args=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_dopsd_arguments(parser)
+    add_shared_arguments(parser)
     add_full_arguments(parser)
-    add_training_arguments(parser)
-    add_output_arguments(parser)
     parser.set_defaults(checkpoints_total_limit=2)  # each is several times the model
     args = parser.parse_args(input_args)
     check_arguments(parser, args)
@@ -401,129 +371,96 @@ def blamed_on(what):
 
 # --------------------------------------------------------------------------------------------------------------- data
 def read_folder(folder, args):
-    """Dataset with `image` (undecoded), `captions` and, with --reference_column, `references` of a folder of images.
-
-    Raises:
-        ValueError: no images, an image without caption, or a caption without image; the message names the file and the line.
-    """
+    """The columns of `read_dataset` of a folder of images. Raises ValueError that names the file and the line."""
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
     if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
         raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
-    rows, used = rows_of_metadata(metadata[0], args) if metadata else rows_of_texts(folder, files, args)
+    texts = [] if metadata else [p for p in files if p.suffix.lower() == ".txt"]
+    found = read_metadata(metadata[0]) if metadata else read_texts(folder, files, texts, args)
+    names = sorted({name for _, row in found for name in row})
+    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
+    check_columns(columns, metadata[0] if metadata else folder, args)
+    rows, places = [], {}
+    for place, row in found:
+        path = path_in(folder, row.get(columns[args.image_column]), place)
+        if places.setdefault(path, place) != place:
+            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
+        references = row.get(columns.get(args.reference_column)) or []
+        references = [path_in(folder, name, place) for name in (references if isinstance(references, list) else [references])]
+        captions = captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt)
+        # the size and time of each file make the cache of `inspect_images` a cache of these very images
+        stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
+        rows.append({"image": str(path), "captions": captions, "references": list(map(str, references)), "stamp": stamp})
+    used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
         logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
-    # the size and time of each file make the cache of `inspect_images` a cache of these very images
-    for row in rows:
-        stats = [os.stat(path) for path in [row["image"], *row.get("references", [])]]
-        row["stamp"] = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
-    features = {"image": Value("string"), "captions": ListFeature(Value("string")), "stamp": ListFeature(Value("int64"))}
-    features |= {"references": ListFeature(Value("string"))} if args.reference_column else {}
-    columns = {name: [row[name] for row in rows] for name in features}
-    dataset = Dataset.from_generator(rows_of_columns, gen_kwargs={"columns": columns}, features=Features(features)).remove_columns("stamp")
-    dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    return dataset.cast_column("references", ListFeature(ImageFeature(decode=False))) if args.reference_column else dataset
+    image, text, number = ImageFeature(decode=False), Value("string"), Value("int64")
+    features = {"image": image, "captions": ListFeature(text), "references": ListFeature(image), "stamp": ListFeature(number)}
+    # of a generator, because datasets caches on disk what it gave
+    dataset = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
+    return dataset.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"])
 
 
-def rows_of_columns(columns):
-    """Rows of a dict of equally long lists. A generator, because datasets caches on disk what a generator gave."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values))
-
-
-def rows_of_texts(folder, files, args):
-    """Rows of `read_folder` whose captions are NAME.txt beside each image or --instance_prompt, and the files that they use."""
-    for name, default in {"image_column": "image", "caption_column": "text", "reference_column": None}.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"--{name} needs {' or '.join(METADATA_NAMES)} in {folder}, or --dataset_name.")
-    images = {p: p.stem for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()}
+def read_texts(folder, files, texts, args):
+    """(place, row) of each image of a folder; its captions are the lines of NAME.txt, one of `texts`."""
+    images, text_of = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()], {p.stem: p for p in texts}
     if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"--instance_data_dir {folder} holds no images ({suffixes}); folders in it are not looked into.")
-    stems, texts = set(images.values()), {}
-    for path in files:
-        if path.suffix.lower() == ".txt":
-            if path.stem not in stems:
-                raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
-            if texts.setdefault(path.stem, path) != path:
-                raise ValueError(f"{path}: {texts[path.stem].name} is a caption file of the same image; remove one of them.")
-    rows = []
-    for path, stem in images.items():
-        if not path.is_file():
-            raise ValueError(f"{path} is no file that can be read, but perhaps a link to nothing; remove it.")
-        lines = read_lines(texts[stem]) if stem in texts else [args.instance_prompt]
-        if not any(lines):
-            raise ValueError(f"{path} has no caption: write {stem}.txt beside it or give --instance_prompt.")
-        rows.append({"image": str(path), "captions": lines})
-    return rows, {*images, *texts.values()}
+        raise ValueError(f"--instance_data_dir {folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}), folders in it aside.")
+    stems = {image.stem for image in images}
+    for path in texts:
+        if path.stem not in stems:
+            raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
+        if text_of[path.stem] != path:
+            raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
+    lines = {stem: read_lines(path) for stem, path in text_of.items()}
+    return [(str(p), {"file_name": p.name, args.caption_column: lines.get(p.stem)}) for p in images]
 
 
 def read_metadata(file):
-    """The rows of metadata.jsonl or metadata.csv, each with the place where it stands. Raises ValueError for what is neither."""
+    """(place, row) of each row of metadata.jsonl or metadata.csv."""
+    rows = []
     with blamed_on(file):
         text = file.read_text("utf-8-sig")
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        with blamed_on(file):
-            return [(f"{file}, line {reader.line_num}", row) for row in reader]
-    rows = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for i, (place, line) in enumerate(rows):
-        with blamed_on(f"{place} is no JSON"):
-            rows[i] = (place, json.loads(line))
-        if not isinstance(rows[i][1], dict):
-            raise ValueError(f"{place} is no JSON object with a file_name.")
+        if file.suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(text))
+            rows = [(f"{file}, line {reader.line_num}", row) for row in reader]
+    for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [], 1):
+        if line.strip():
+            with blamed_on(f"{file}, line {number} is no JSON object"):
+                rows.append((f"{file}, line {number}", {**json.loads(line)}))
+    if not rows:
+        raise ValueError(f"{file} holds no rows.")
+    if place := next((place for place, row in rows if None in row), None):
+        raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
     return rows
 
 
-def rows_of_metadata(file, args):
-    """As `rows_of_texts`, of the rows of metadata.jsonl or metadata.csv."""
-    found, places, rows, caption = read_metadata(file), {}, [], args.caption_column
-    if not found:
-        raise ValueError(f"{file} holds no rows.")
-    names = {str(name) for _, row in found for name in row}
-    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in sorted(names)}
-    if args.image_column not in columns:
-        raise ValueError(f"{file} has no column {'file_name' if args.image_column == 'image' else f'{args.image_column}_file_name'}.")
-    check_columns(columns, args)
-
-    def path_of(name, place):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{place} names no image.")
-        path = file.parent / os.path.normpath(name)
-        if os.path.isabs(name) or ".." in path.parts[len(file.parent.parts) :]:
-            raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
-        if not path.is_file():
-            raise ValueError(f"{place}: there is no file {name} in the folder.")
-        return path
-
-    for place, row in found:
-        if None in row:
-            raise ValueError(f"{place} has more cells than the first line; put a caption with commas in quotes.")
-        path = path_of(row.get(columns[args.image_column]), place)
-        if places.setdefault(path, place) != place:
-            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
-        rows.append({"image": str(path), "captions": captions_of(row.get(caption), place, caption, args.instance_prompt)})
-        if args.reference_column:
-            references = row.get(columns[args.reference_column]) or []
-            references = references if isinstance(references, list) else [references]
-            rows[-1]["references"] = [str(path_of(name, place)) for name in references]
-    return rows, {file, *places, *(Path(path) for row in rows for path in row.get("references", []))}
+def path_in(folder, name, place):
+    """The image of a `name` that stands at `place`."""
+    path = Path(os.path.normpath(name)) if isinstance(name, str) and name.strip() else Path()
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{place}: {name} is outside of the folder; only images in it are read.")
+    if not (folder / path).is_file():
+        raise ValueError(f"{place} names no image: {name!r} is no file in the folder, or a link to nothing.")
+    return folder / path
 
 
-def check_columns(columns, args):
+def check_columns(columns, source, args):
     """Raises ValueError for a flag that names none of the `columns` of a dataset."""
+    hints = {"image_column": "; metadata has file_name or NAME_file_name", "caption_column": "; name it, or give --instance_prompt"}
     for name in ("image_column", "caption_column", "reference_column"):
         column = getattr(args, name)
         if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
-            more = "; name the column, or give --instance_prompt" if name == "caption_column" else ""
-            raise ValueError(f"--{name} {column!r} is none of the columns {', '.join(sorted(columns))}{more}.")
+            there = ", ".join(sorted(columns))
+            raise ValueError(f"--{name} {column!r} is none of the columns {there} of {source}{hints.get(name, '')}.")
 
 
 def captions_of(value, place, column, instance_prompt):
-    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text, or something else."""
-    captions = [value] if value is None or isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
+    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text."""
+    captions = value if isinstance(value, list) else [value]
+    if not all(caption is None or isinstance(caption, str) for caption in captions):
         raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption and no list of captions.")
     captions = [c for c in captions if c and c.strip()] or [instance_prompt]
     if not captions[0]:
@@ -535,10 +472,8 @@ def captions_of(value, place, column, instance_prompt):
 
 def read_lines(path, name=None):
     """The lines of a text file, without blank ones. Raises ValueError where it cannot be read."""
-    try:
+    with blamed_on(f"{name or path} is no text file in UTF-8 that can be read"):
         lines = path.read_text("utf-8-sig").split("\n")  # not at other characters, as splitlines() would
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name or path} is no text file in UTF-8 that can be read ({error}).") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -548,45 +483,36 @@ def read_dataset(args):
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
     """
-    source = "instance_data_dir" if args.instance_data_dir else "dataset_name"
-    folder = Path(getattr(args, source))
-    if source == "instance_data_dir" and not folder.is_dir():
+    flag, folder = f"--dataset_name {args.dataset_name}", Path(args.instance_data_dir or args.dataset_name)
+    if args.instance_data_dir and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if source == "instance_data_dir" or any(name in METADATA_NAMES for name in names):
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if args.instance_data_dir or names & set(METADATA_NAMES):
         return read_folder(folder, args)
     if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
-        raise ValueError(f"--dataset_name {folder} is a folder of images: give it as --instance_data_dir.")
+        raise ValueError(f"{flag} is a folder of images: give it as --instance_data_dir.")
     check_source("dataset_name", args.dataset_name, repo_type="dataset")
-    with blamed_on(f"--dataset_name {args.dataset_name}"):
+    with blamed_on(flag):
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
     if not len(dataset):
-        raise ValueError(f"--dataset_name {args.dataset_name} holds no rows.")
-    check_columns(dataset.column_names, args)
+        raise ValueError(f"{flag} holds no rows.")
+    check_columns(dataset.column_names, args.dataset_name, args)
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
-    feature = ImageFeature(decode=False)
     for column in pictures:
-        several = isinstance(dataset.features[column], ListFeature)
-        with blamed_on(f"--dataset_name {args.dataset_name}: column {column} holds no images"):
+        feature = ImageFeature(decode=False)
+        with blamed_on(f"{flag}: column {column} holds no images"):
+            several = isinstance(dataset.features[column], ListFeature)
             dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
+    column = args.caption_column
+    cells = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
+    captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
     # columns are worked on apart, so that no image is copied into the cache
-    images = dataset.select_columns(list(pictures))
-    images = images.rename_columns({old: new for old, new in pictures.items() if old != new})
-    name, column, prompt = args.dataset_name, args.caption_column, args.instance_prompt
-    if column not in dataset.column_names:
-        return images.add_column("captions", [[prompt]] * len(images))
-
-    def read_captions(row, index):  # knows no other arguments: what it gave is cached for others, too
-        return {"captions": captions_of(row[column], f"Row {index} of {name}", column, prompt)}
-
-    texts = dataset.select_columns(column)
-    texts = texts.map(read_captions, with_indices=True, remove_columns=texts.column_names, desc="captions")
-    return concatenate_datasets([images, texts], axis=1)
+    images = dataset.select_columns(list(pictures)).rename_columns({old: new for old, new in pictures.items() if old != new})
+    return images.add_column("captions", captions)
 
 
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
-    """Raises ValueError for a `name` that is neither a file or folder nor a repository that the Hub's cache has or the Hub, asked
-    once: the libraries ask six times, and then tell another story."""
+    """Raises ValueError for a `name` that is neither here nor on the Hub. The libraries would ask the Hub six times."""
     if os.path.exists(name):
         return
     try:
@@ -594,36 +520,28 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
         cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
         if not cached and not is_offline_mode():
             HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
-    except HFValidationError as error:
-        raise ValueError(f"--{flag} {name} is no folder, and no repository can have that name.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"--{flag} {name} is no folder, and there is no such {repo_type} on the Hub, or it is private: log in.") from error
-    except Exception as error:  # of the network
-        raise ValueError(f"--{flag} {name} is no folder, and asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache.") from error
+    except Exception as error:  # also of the network
+        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
+        reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
+        raise ValueError(f"--{flag} {name} is no folder, and {reason}.") from error
 
 
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
-
-    Raises:
-        ValueError: the image cannot be read; the message names it.
-    """
+    Raises ValueError that names an image that cannot be read."""
     name = (source or {}).get("path") or "An image of the dataset"
-    if not source or not (source["bytes"] or source["path"]):
+    if not any((source or {}).values()):
         raise ValueError(f"{name} is empty; remove its row.")
     try:
-        image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]))
         if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
-            pixels = np.asarray(image, dtype=np.float64) / 65535 * 255
-            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # of any kind: decoders raise what damaged files make of them
-        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from error
+        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from None
 
 
 def inspect_images(dataset, buckets):
@@ -631,18 +549,11 @@ def inspect_images(dataset, buckets):
     image is decoded once; a later run on the same images reads the result from the cache of datasets."""
 
     def inspect(row, index):
-        try:
+        with blamed_on(f"Row {index}"):
             image, references = load_image(row["image"]), references_of(row)
             sizes = [list(load_image(source).size) for source in references]
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-        bucket = buckets[find_nearest_bucket(image.height, image.width, buckets)]
-        return {
-            "bucket": list(bucket),
-            "image_hash": hash_image(row["image"]),
-            "reference_sizes": sizes,
-            "reference_hashes": [hash_image(source) for source in references],
-        }
+        bucket, hashes = buckets[find_nearest_bucket(image.height, image.width, buckets)], list(map(hash_image, references))
+        return {"bucket": list(bucket), "image_hash": hash_image(row["image"]), "reference_sizes": sizes, "reference_hashes": hashes}
 
     added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, desc="images")
     return concatenate_datasets([dataset, added], axis=1)
@@ -660,16 +571,11 @@ def hash_image(source):
 
 
 def read_prior_prompts(args):
-    """The lines of --prior_prompts.
-
-    Raises:
-        ValueError: they cannot be read, or there are none.
-    """
-    if not args.prior_prompts:
-        return []
-    prompts = read_lines(Path(args.prior_prompts), f"--prior_prompts {args.prior_prompts}")
-    if not prompts:
-        raise ValueError(f"--prior_prompts {args.prior_prompts} holds no prompt: write one on each line.")
+    """The lines of --prior_prompts. Raises ValueError where they cannot be read, or there are none."""
+    flag = f"--prior_prompts {args.prior_prompts}"
+    prompts = read_lines(Path(args.prior_prompts), flag) if args.prior_prompts else []
+    if args.prior_prompts and not prompts:
+        raise ValueError(f"{flag} holds no prompt: write one on each line.")
     return prompts
 
 
@@ -690,8 +596,7 @@ def rows_of(rows, index, args):
 
 
 def layouts_of(dataset, args):
-    """For each row, what the images of a batch must have in common: their bucket, the sizes of their references and the bucket
-    of the image that the teacher sees."""
+    """Of each row, what is the same in a batch: bucket, sizes of references and bucket of the image that the teacher sees."""
     buckets = list(map(tuple, dataset["bucket"]))
     references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"]]
     return tuple((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
@@ -719,36 +624,29 @@ def epoch_order(layouts, batch_size, seed, epoch):
 def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
     """Row indices and a random generator for each image of a process's micro-batch.
 
-    It is a function of the seed and the place in the run alone: a resumed run draws what the uninterrupted one would, and
-    two processes draw what one process with twice the batch would.
+    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same.
     """
     total = batch_size * num_processes
-    per_epoch = len(epoch_order(layouts, total, seed, 0))
-    order = epoch_order(layouts, total, seed, micro_step // per_epoch)
+    epoch, place = divmod(micro_step, len(epoch_order(layouts, total, seed, 0)))
+    rows = epoch_order(layouts, total, seed, epoch)[place]
     slots = range(process * batch_size, (process + 1) * batch_size)
-    rows = order[micro_step % per_epoch][slots.start : slots.stop]
-    return [(int(row), np.random.default_rng([seed, micro_step, slot])) for row, slot in zip(rows, slots)]
+    return [(int(rows[slot]), np.random.default_rng([seed, micro_step, slot])) for slot in slots]
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
 def fingerprint(model_name_or_path, patterns, revision):
-    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network.
-
-    In the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes.
-    """
+    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
-    digest = hashlib.sha256()
+    files = {}
     for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        if path.is_symlink() and path.resolve().parent.name == "blobs":
-            digest.update(path.resolve().name.encode())
-            continue
         with path.open("rb") as file:
-            for chunk in iter(lambda: file.read(2**20), b""):
-                digest.update(chunk)
-    return digest.hexdigest()
+            # in the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes
+            in_cache = path.is_symlink() and path.resolve().parent.name == "blobs"
+            content = path.resolve().name if in_cache else hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = content
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 class ContextCache:
@@ -761,9 +659,7 @@ class ContextCache:
         self.folder = Path(args.context_cache_dir)
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
-        self.models += [args.teacher_context, args.teacher_prompt_suffix]
-        if args.encoder_quantization:
-            self.models.append(args.encoder_quantization)
+        self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
             patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
             self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
@@ -775,14 +671,13 @@ class ContextCache:
     def read(self, row, shown, caption):
         """(student context, teacher context); they are one for a prior prompt."""
         tensors = load_file(self.path(row, shown, caption))
-        split = {who: {n.removeprefix(who + "."): t for n, t in tensors.items() if n.startswith(who)} for who in ("student", "teacher")}
-        return split["student"], split["teacher"] or split["student"]
+        student, teacher = ({n[len(who) :]: t for n, t in tensors.items() if n.startswith(who)} for who in ("student.", "teacher."))
+        return student, teacher or student
 
     def write(self, row, shown, caption, student, teacher):
         path = self.path(row, shown, caption)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        contexts = {"student": student, "teacher": teacher}
-        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in contexts.items() for n, t in c.items()}
+        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in (("student", student), ("teacher", teacher)) for n, t in c.items()}
         try:
             with blamed_on(f"--context_cache_dir {self.folder}"):
                 save_file(tensors, aside, {"sha256": tensor_checksum(tensors)})
@@ -795,23 +690,17 @@ class ContextCache:
         """Whether a context is there as it was written; a damaged file is named."""
         if not os.path.exists(path):
             return False
-        try:
+        with contextlib.suppress(Exception):  # of any kind: the damage may be anywhere
             with safe_open(path, "pt") as file:
-                good = file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()})
-        except Exception:  # of any kind: the damage may be anywhere
-            good = False
-        if not good:
-            logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
-        return good
+                if file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()}):
+                    return True
+        logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
+        return False
 
 
 def tensor_checksum(tensors):
-    """Hash over names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Hash over names, dtypes, shapes and values."""
+    return hashlib.sha256(serialize(tensors)).hexdigest()
 
 
 def sees_references(args):
@@ -825,15 +714,14 @@ def weight_dtype_of(args):
 
 
 def check_contexts(family, args, dataset, pairs):
-    """Raises ValueError for a VLM that does not fit, and for a text with a special token or a context that is too long; reads no
-    weights."""
+    """Raises ValueError for a VLM that does not fit, a text with a special token and a context that is too long; reads no weights."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
         tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
-        transformer_config, pipeline_config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
-        longest = family.max_context_length(transformer_config, pipeline_config)
-        longest_prompt, no_prompt = family.max_prompt_length(pipeline_config), family.prompt_length(tokenizer, "")
+        transformer_config, config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
+        longest, longest_prompt = family.max_context_length(transformer_config, config), family.max_prompt_length(config)
+        no_prompt = family.prompt_length(tokenizer, "")
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
     if not edit:
@@ -852,21 +740,18 @@ def check_contexts(family, args, dataset, pairs):
         text = caption if index is None else caption + suffix
         if token := next((token for token in special if token and token in text), None):
             place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
-            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat and not as text; write it otherwise.")
-        # a token is at least one byte: of most texts no token needs to be counted
-        size, prompt = len(text.encode()), text if edit else caption
+            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat; write it otherwise.")
+        prompt = text if edit else caption
+        limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
         if not edit and index is not None:
             bucket = shown_row(buckets, index, args)
-            if without_text[bucket] + size > longest and (length := encoder.context_length(text, *bucket, ending)) > longest:
-                raise ValueError(
-                    f"The teacher context of {place_of(dataset, index, caption, args)}, {caption[:60]!r}, has {length} tokens; the "
-                    f"transformer takes at most {longest}. Lower --teacher_max_pixels or shorten the caption."
-                )
-        if no_prompt + size > longest_prompt and (length := family.prompt_length(tokenizer, prompt)) > longest_prompt:
-            raise ValueError(
-                f"{place_of(dataset, index, caption, args)}: {prompt[:60]!r} has {length} tokens; the text encoder is given at most "
-                f"{longest_prompt}, and the rest would be cut off. Shorten it."
-            )
+            length_of = functools.partial(encoder.context_length, text, *bucket, ending)
+            limits.insert(0, (longest, without_text[bucket], length_of, " or lower --teacher_max_pixels"))
+        for limit, without, length_of, remedy in limits:
+            # a token is at least one byte: of most texts no token needs to be counted
+            if without + len(text.encode()) > limit and (length := length_of()) > limit:
+                place = place_of(dataset, index, caption, args)
+                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}. Shorten it{remedy}.")
 
 
 def place_of(dataset, index, caption, args):
@@ -902,21 +787,16 @@ def check_weights(flag, name, parts, variant=None):
 
 def check_packages(args, sharded=False):
     """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, a tracker or a quantisation cannot work on this machine."""
-    package = {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt"}.get(args.optimizer)
-    if package and not importlib.util.find_spec(package):
-        raise ValueError(f"--optimizer {args.optimizer} needs {package}: pip install {package}.")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise ValueError(f"--report_to {args.report_to} needs {args.report_to}: pip install {args.report_to}, or give none.")
-    for flag in ("quantization", "encoder_quantization"):
+    packages = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+    packages |= {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
+    for flag in ("report_to", "optimizer", "quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
-        if kind and args.mixed_precision != "bf16":
+        if kind in QUANTIZATIONS and args.mixed_precision != "bf16":
             raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
-        if kind == "nf4" and not is_bitsandbytes_available():
-            raise ValueError(f"--{flag} nf4 needs bitsandbytes: pip install bitsandbytes.")
+        if kind in packages and not importlib.util.find_spec(packages[kind]):
+            raise ValueError(f"--{flag} {kind} needs {packages[kind]}: pip install {packages[kind]}.")
         if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
             raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
-        if kind in ("int8", "fp8") and not is_torchao_available():
-            raise ValueError(f"--{flag} {kind} needs torchao: pip install torchao.")
 
 
 def quantization_config(component, kind, library):
@@ -930,18 +810,6 @@ def quantization_config(component, kind, library):
 
         config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
     return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
-
-
-def encode_batch(pipeline, args, cache, dataset, pairs):
-    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
-    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
-    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-    if pairs[0][0] is not None:
-        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-        cache.write(*row, caption, student, teacher)
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
@@ -963,27 +831,37 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
     """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
+    quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         pipeline = family.from_pretrained(
-            args.pretrained_model_name_or_path,
-            transformer=None,
-            revision=args.revision,
-            variant=args.variant,
-            dtype=weight_dtype_of(args),
-            quantization_config=quantization_config("text_encoder", args.encoder_quantization, transformers),
-            **({} if sees_references(args) else {"vae": None}),
-        ).to(accelerator.device)
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=weight_dtype_of(args),
+            quantization_config=quantization, **unneeded,
+        ).to(accelerator.device)  # fmt: skip
     if args.teacher_context == "vlm":
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
     # a prior prompt has no teacher, so it shares no batch with others
-    for group in filter(None, ([p for p in missing if p[0] is not None], [p for p in missing if p[0] is None])):
-        for start in tqdm(range(0, len(group), ENCODING_BATCH), "Encoding contexts", disable=not accelerator.is_local_main_process):
-            encode_batch(pipeline, args, cache, dataset, group[start : start + ENCODING_BATCH])
+    groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
+    batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
+    for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
+        encode_batch(pipeline, args, cache, dataset, pairs)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
+
+
+def encode_batch(pipeline, args, cache, dataset, pairs):
+    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
+    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
+    if pairs[0][0] is not None:
+        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
+        cache.write(*row, caption, student, teacher)
 
 
 # ------------------------------------------------------------------------------------------------------------- method

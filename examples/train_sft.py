@@ -45,8 +45,7 @@ def parse_args(input_args=None):
     own.add_argument("--num_class_images", type=int, default=100, help="Images of the class prompts.")
     own.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on them.")
     every = dopsd.ArgumentParser(parents=[own])
-    for add in (dopsd.add_model_arguments, dopsd.add_data_arguments, dopsd.add_dopsd_arguments, dopsd.add_lora_arguments,
-                dopsd.add_training_arguments, dopsd.add_output_arguments, full.add_full_arguments):  # fmt: skip
+    for add in (dopsd.add_shared_arguments, dopsd.add_lora_arguments, full.add_full_arguments):
         add(every)
     honoured = COMMON | (FULL if own.parse_known_args(input_args)[0].full else LORA)
     parser = dopsd.ArgumentParser(description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False)

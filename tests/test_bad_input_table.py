@@ -179,7 +179,7 @@ METADATA = {
     "a dict as caption": (rows(A, {**B, "text": {"en": "x"}}), {}, ["line 2", "--caption_column text"]),
     "half a character": (write("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud800"}'), {}, ["line 1", "surrogates"]),
     "no such caption column": (rows(A, B), {"caption_column": "says"}, ["--caption_column 'says'", "text"]),
-    "no such image column": (rows(A, B), {"image_column": "picture"}, ["metadata.jsonl", "picture_file_name"]),
+    "no such image column": (rows(A, B), {"image_column": "picture"}, ["metadata.jsonl", "NAME_file_name"]),
     "no such reference column": (rows(A, B), {"reference_column": "r"}, ["--reference_column"]),
     "csv with semicolons": (write("metadata.csv", "file_name;text\na.png;one"), {}, ["metadata.csv", "file_name"]),
     "csv with a comma": (write("metadata.csv", "file_name,text\na.png,one, and two"), {}, ["metadata.csv, line 2", "quotes"]),
@@ -423,7 +423,7 @@ def test_folders(train, error_of, place, case):
     """One bad file among thousands is named, before an hour is spent on the others."""
     change, changes, words = case
     change(save_images(place.folder))
-    error_of(train, words, instance_data_dir=place.folder, **changes)
+    error_of(train, words, code=2 if any("column" in flag for flag in changes) else 1, instance_data_dir=place.folder, **changes)
 
 
 @table(METADATA)
