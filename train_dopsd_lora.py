@@ -144,8 +144,8 @@ IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
     ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
     ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
-    ("without metadata.jsonl or metadata.csv", lambda a: a.instance_data_dir and not any(Path(a.instance_data_dir).glob("metadata.*")),
-     ["image_column", "caption_column", "reference_column"]),
+    ("without metadata.jsonl or metadata.csv", lambda a: os.path.isdir(a.instance_data_dir or "") and not any(
+        Path(a.instance_data_dir).glob("metadata.*")), ["image_column", "caption_column", "reference_column"]),
     ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
     ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
@@ -580,8 +580,8 @@ def rows_of(rows, index, args):
 
 def layouts_of(dataset, args):
     """Of each row, what is the same in a batch: bucket, sizes of references and bucket of the image that the teacher sees."""
-    buckets = list(map(tuple, dataset["bucket"]))
-    references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"]]
+    buckets = list(map(tuple, dataset["bucket"][:]))  # a slice is read at once
+    references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"][:]]
     return tuple((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
 
 
@@ -717,7 +717,7 @@ def check_contexts(family, args, dataset, pairs):
             encoder.check_config(text_config)
         check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
         special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
-        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"]))
+        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
         without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
         text = caption if index is None else caption + suffix

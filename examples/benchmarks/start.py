@@ -79,7 +79,7 @@ def main():
     args = parser.parse_args()
     flags = ["--pretrained_model_name_or_path", MINIATURE / "model", "--vlm_model_name_or_path", MINIATURE / "vlm"]
     flags += ["--output_dir", args.work_dir / "out", "--resolution", 64, "--validation_steps", 0]
-    flags += ["--max_train_steps", 1, "--report_to", "none", "--mixed_precision", "no"]
+    flags += ["--max_train_steps", 1, "--report_to", "none", "--mixed_precision", "no", "--overwrite_output_dir"]
     if args.where:
         time_steps([*map(str, flags), "--instance_data_dir", str(MINIATURE / "concepts" / "arrow")])
         return
