@@ -1227,14 +1227,14 @@ def find_checkpoint(args):
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
     return {
-        "images": digest_of(list(dataset["image_hash"])),
-        "captions": digest_of(list(dataset["captions"])),
-        "references": digest_of(list(dataset["reference_hashes"])),
+        "images": digest_of(dataset["image_hash"][:]),
+        "captions": digest_of(dataset["captions"][:]),
+        "references": digest_of(dataset["reference_hashes"][:]),
         "prior prompts": digest_of(read_prior_prompts(args)),
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
-        "number of images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
-        "number of shards of the weights": PartialState().num_processes if AcceleratorState().distributed_type == DistributedType.FSDP else 1,
+        "images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
+        "shards of the weights": PartialState().num_processes if AcceleratorState().distributed_type == DistributedType.FSDP else 1,
     }
 
 
@@ -1262,7 +1262,7 @@ def check_resume(state, identity, args):
             raise ValueError(f"--{name} is {getattr(args, name, None)}, but {checkpoint} was trained with {value}.")
     for name, value in state["identity"].items():
         if value != identity[name]:
-            raise ValueError(f"{checkpoint} was trained with another {name}: go on with the same, or start anew in another --output_dir.")
+            raise ValueError(f"{checkpoint}: the {name} differ from those it was trained with. Go on with the same, or start in another --output_dir.")
     if state["step"] > args.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}: give at least {state['step']}.")
 
