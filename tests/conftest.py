@@ -28,6 +28,7 @@ from diffusers import (  # noqa: E402
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer  # noqa: E402
@@ -190,8 +191,9 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """The next Accelerator is set up by its own arguments, as in a new process."""
+    """The next Accelerator is set up by its own arguments, and attention is PyTorch's, as in a new process."""
     yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 

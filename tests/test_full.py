@@ -181,8 +181,15 @@ MODES = {
 }
 
 
+@pytest.fixture
+def uncompiled():
+    """torchao's optimiser as it is, without the minutes in which it is compiled for each shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_resume_is_exact_in_every_mode(train_full, tmp_path, mode):
+def test_resume_is_exact_in_every_mode(train_full, uncompiled, tmp_path, mode):
     """Ages of the average, factored or 8-bit states and random rounding must all go on where they stopped."""
     switches, changes = MODES[mode]
     whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4, checkpointing_steps=3)
@@ -245,7 +252,7 @@ def test_update_during_the_backward_equals_the_ordinary_one(base, student, train
 
 
 @pytest.mark.parametrize("flags", memory.SETTINGS)
-def test_memory_table_is_what_torch_allocates(flags, tmp_path):
+def test_memory_table_is_what_torch_allocates(flags, uncompiled):
     """Users choose a card by the README's table."""
     config = {
         "dim": 384, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 64,
