@@ -58,9 +58,10 @@ def bench(**changes):
         {"states_per_rollout": 1},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "checkpointed_blocks": 0.5},
-        {"mixed_precision": "bf16"},
+        # a CPU takes more than a minute for each of these
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        {"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0},
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0}, marks=pytest.mark.slow),
     ],
     ids=["plain", "one_state", "checkpointing", "half", "bf16", "bf16_checkpointing", "bf16_offloading"],
 )
