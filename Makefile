@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png
 
-# two files of tests at a time, each on one core. What takes minutes is left out: make test-slow runs it
+# two tests at a time, each on one core. What takes minutes is left out: make test-slow runs it
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal

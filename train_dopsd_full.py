@@ -160,9 +160,9 @@ IDLE_FLAGS = [
     ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
     ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
     ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
-    # the last three are of one script
-    ("with --optimizer adafactor", lambda a: getattr(a, "optimizer", None) == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+    ("with --optimizer adafactor", lambda a: a.optimizer == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
     ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
+    # of the full script
     ("without --ema_device cpu", lambda a: getattr(a, "ema_device", None) != "cpu", ["ema_refresh_steps"]),
 ]
 MIRRORED = " mirrored"
@@ -561,7 +561,7 @@ def inspect_images(dataset, buckets):
 
 def with_mirrored(dataset):
     """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
-    hashes = [value + MIRRORED for value in dataset["image_hash"]]
+    hashes = [value + MIRRORED for value in dataset["image_hash"][:]]
     return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
 
 
@@ -1006,8 +1006,6 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
         contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
-    if getattr(args, "lora_dropout", 0):
-        torch.manual_seed(int(rng.integers(2**63)))
     return torch.cat(noise).to(device), *map(list, zip(*contexts))
 
 
@@ -1106,38 +1104,40 @@ def check_output_dir(args):
         raise ValueError(f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder.")
     if (own or results) and not args.overwrite_output_dir:
         raise ValueError(
-            f"--output_dir {folder} holds a run ({[*own, *results_in(folder)][0].name}). Go on with it (--resume_from_checkpoint "
+            f"--output_dir {folder} holds a run ({[*(path.name for path in own), *results][0]}). Go on with it (--resume_from_checkpoint "
             "latest), choose another folder, or remove what it wrote (--overwrite_output_dir)."
         )
 
 
 def results_in(folder):
     """What the end of a run writes into OUTPUT_DIR."""
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it is of something else
+    parts = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none, or it is of something else
         parts = component_folders(json.loads((folder / "model_index.json").read_text()))
-        return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES, *parts) if (folder / n).exists()]
-    return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES) if (folder / n).exists()]
+    return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES, *parts) if (folder / n).exists()]
 
 
 def component_folders(index):
     """Names of the components, each a folder, that a model_index.json lists."""
-    return [name for name, value in index.items() if isinstance(value, list) and value[0] and not name.startswith("_")]
+    return [n for n, value in index.items() if isinstance(value, list) and value and value[0] and n.isidentifier() and n[0] != "_"]
 
 
 def clear_output_dir(args):
     """Removes what a run wrote into OUTPUT_DIR, and nothing else; contexts are kept."""
     folder = Path(args.output_dir)
-    pictures = [*folder.glob("validation/step-*.png"), *folder.glob("samples/*.png"), *folder.glob("logs/dopsd*")]
-    for path in [*list_checkpoints(folder), *folder.glob(".*.tmp"), *results_in(folder), *pictures]:
+    patterns = [".checkpoint-*.tmp", ".lora.tmp", ".transformer.tmp", "validation/step-*.png", "samples/*.png", "logs/dopsd*"]
+    others = [path for pattern in patterns for path in folder.glob(pattern)]
+    for path in [*list_checkpoints(folder), *results_in(folder), *others]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class Stop:
     """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when a second
-    one comes, the process ends at once. A launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
+    one comes a second later or more, the process ends at once. Sooner, it is the same one, which a launcher has passed on. A
+    launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
 
     def __init__(self):
-        self.number, self.training = 0, False
+        self.number, self.since, self.training = 0, 0.0, False
 
     def listen(self):
         """To be called once, by the main thread of a process."""
@@ -1153,15 +1153,18 @@ class Stop:
     def watch(self, parent):
         while parent.is_running() and os.getppid() == parent.pid:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not self.number:  # Ctrl-C ends launcher and script alike
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def note(self, number, frame):
-        name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.number and now - self.since < 1:
+            return
         if self.number or not self.training:
             os.write(2, f"\nStopped by {name}. What was written is kept; the same command goes on from it.\n".encode())
             os._exit(128 + number)
         os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
-        self.number = number
+        self.number, self.since = number, now
 
     def asked(self, accelerator):
         """Number of a signal that any of the processes has had, or 0: the same in all of them."""
@@ -1209,13 +1212,16 @@ def step_of(checkpoint):
 
 
 def checksum(path):
-    """Checksum of a file, once its content is on the disk."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb+" if os.access(path, os.W_OK) else "rb") as file:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def write_through(path):
+    """Waits until a file is on the disk. Returns its checksum."""
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
-        for chunk in iter(lambda: file.read(2**24), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return checksum(path)
 
 
 def digest_of(value):
@@ -1232,7 +1238,7 @@ def read_state(checkpoint):
     name = STATE_NAME
     try:
         state = json.loads((checkpoint / name).read_text("utf-8"))
-        if state.pop("checksum") != digest_of(state):
+        if state.pop("checksum") != digest_of(state) or not {"step", "script", "settings", "identity"} <= state.keys():
             raise ValueError("it has changed since it was written")
         for name, wanted in state["files"].items():
             if checksum(checkpoint / name) != wanted:
@@ -1297,12 +1303,13 @@ def sample_weights(args):
 def check_resume(state, identity, args):
     """Raises ValueError where going on from a checkpoint would be another training; see `MAY_CHANGE`."""
     checkpoint = state["path"]
-    # flags that follow from others are None, and come last
-    for name, value in sorted(state["settings"].items(), key=lambda item: getattr(args, item[0], None) is None):
-        if name not in MAY_CHANGE and value != getattr(args, name, None):
-            raise ValueError(f"--{name} is {getattr(args, name, None)}, but {checkpoint} was trained with {value}.")
-    for name, value in state["identity"].items():
-        if value != identity[name]:
+    ours, theirs = vars(args), state["settings"]
+    # flags that follow from others are None, and come last; one that another version had, or has not, counts as None
+    for name in sorted({*ours, *theirs} - MAY_CHANGE, key=lambda name: (ours.get(name) is None, name)):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"--{name} is {ours.get(name)}, but {checkpoint} was trained with {theirs.get(name)}.")
+    for name, value in identity.items():
+        if value != state["identity"].get(name):
             raise ValueError(f"{checkpoint}: the {name} differ from those it was trained with. Go on with the same, or start in another --output_dir.")
     if state["step"] > args.max_train_steps:
         raise ValueError(f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}: give at least {state['step']}.")
@@ -1362,10 +1369,10 @@ def save_checkpoint(training, args, step):
             torch.save(optimizer_state(training), file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {p.relative_to(aside).as_posix(): checksum(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        state = {"step": step, "script": Path(__file__).name, "settings": settings_of(args), "identity": training.identity, "files": files}
+        files = {p.relative_to(aside).as_posix(): write_through(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        state = {"step": step, "script": Path(__file__).name, "settings": vars(args), "identity": training.identity, "files": files}
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
-        checksum(aside / STATE_NAME)
+        write_through(aside / STATE_NAME)
         if final.exists():  # a damaged one, which was passed over
             final.rename(old := folder / f".checkpoint-{step}.old.tmp")
             aside.rename(final)
@@ -1444,18 +1451,13 @@ def report_disk(training, args, first_step):
             logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
 
 
-def settings_of(args):
-    """The run's flags."""
-    return dict(vars(args))
-
-
 def public_settings(args):
-    """`settings_of` for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
+    """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
 
     def shown(value):
         return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
-    return {name: shown(value) for name, value in settings_of(args).items()}
+    return {name: shown(value) for name, value in vars(args).items()}
 
 
 def prepare_checkpoint(transformer, teacher, networks, folder):
@@ -1728,14 +1730,15 @@ def check_inputs(args):
         args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")
-    pairs = [(index, caption) for index, captions in enumerate(dataset["captions"]) for caption in captions]
+    captions = dataset["captions"][:]  # a slice is read at once
+    pairs = [(index, caption) for index, own in enumerate(captions) for caption in own]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
     prior_prompts = read_prior_prompts(args)
     pairs += [(None, prompt) for prompt in prior_prompts]
     counts = {
-        "images": len(dataset), "buckets": len(set(map(tuple, dataset["bucket"]))), "captions": sum(map(len, dataset["captions"])),
-        "references": sum(map(len, dataset["reference_hashes"])), "prior prompts": len(prior_prompts),
+        "images": len(dataset), "buckets": len(set(map(tuple, dataset["bucket"][:]))), "captions": sum(map(len, captions)),
+        "references": sum(map(len, dataset["reference_hashes"][:])), "prior prompts": len(prior_prompts),
     }  # fmt: skip
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     check_contexts(family, args, dataset, pairs)
@@ -1996,7 +1999,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started, STOP.training = [], time.perf_counter(), True
     for step in bar:
-        # what an update rounds at random is the same in all processes, and in a resumed run
+        # what dropout drops and an update rounds is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
         for micro in range(args.gradient_accumulation_steps):
@@ -2115,7 +2118,7 @@ def main(args):
         report_disk(training, args, first_step)
 
         if accelerator.is_main_process:
-            accelerator.init_trackers("dopsd", config={k: str(v) for k, v in settings_of(args).items()})
+            accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
         publish = functools.partial(publish_pipeline, pipeline.transformer, family, gallery(dataset, args), args, accelerator)
         train(pipeline, training, dataset, cache, first_step, publish, args)
         publish(args.max_train_steps)

@@ -137,6 +137,21 @@ def test_resume_under_other_settings_is_refused(trainer, output, flag):
     refused(trainer, output, f"--{flag}", value, "checkpoint-3", resume_from_checkpoint="latest", max_train_steps=4, **{flag: value})
 
 
+def change_state(checkpoint, **changes):
+    """Puts other values into what a checkpoint notes of itself, with a right checksum."""
+    state = json.loads((checkpoint / STATE).read_text())
+    del state["checksum"]
+    state |= changes
+    (checkpoint / STATE).write_text(json.dumps({**state, "checksum": script.digest_of(state)}))
+
+
+def test_flag_that_another_version_did_not_have_is_compared(trainer, output):
+    """A flag that is new, at its default, may change what is trained: a resume must not take it over without a word."""
+    settings = script.read_state(output / "checkpoint-3")["settings"]
+    change_state(output / "checkpoint-3", settings={n: v for n, v in settings.items() if n != "states_per_rollout"})
+    refused(trainer, output, "--states_per_rollout is 1", "None", resume_from_checkpoint="latest", max_train_steps=4)
+
+
 def test_resume_with_another_batch_is_refused(trainer, output):
     """The order of the images depends on the images per micro-step, over all processes."""
     refused(trainer, output, "--train_batch_size", resume_from_checkpoint="latest", max_train_steps=4, train_batch_size=2)
@@ -175,7 +190,7 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
 
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output, tmp_path):
     """--overwrite_output_dir on a folder with somebody's notes in it must not cost the notes."""
-    for name in ("notes.txt", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):
+    for name in ("notes.txt", ".mine.tmp", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("kept")
     trainer(output, "--overwrite_output_dir", max_train_steps=2, learning_rate=2e-2)
@@ -183,7 +198,19 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output
     fresh = trainer(tmp_path / "fresh", max_train_steps=2, learning_rate=2e-2)
     assert_same(output / trainer.result, fresh / trainer.result)
     kept = [p for p in output.rglob("*") if p.is_file() and p.read_bytes() == b"kept"]
-    assert len(kept) == 4
+    assert len(kept) == 5
+
+
+def test_overwriting_stays_in_the_folder(trainer, output, tmp_path):
+    """The model_index.json of a folder from elsewhere may name any path as a component."""
+    for name in ("../kept", str(tmp_path / "kept"), ".."):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        index = json.loads((output / "model_index.json").read_text()) | {name: ["diffusers", "X"]}
+        (output / "model_index.json").write_text(json.dumps(index))
+        args = trainer.module.parse_args(trainer.flags(output, "--overwrite_output_dir"))
+        trainer.module.clear_output_dir(args)
+        assert (tmp_path / "kept").is_dir() and output.is_dir()
+        (output / "model_index.json").write_text(json.dumps(index))
 
 
 def test_overwriting_waits_for_all_checks(trainer, output, tmp_path):
@@ -395,10 +422,8 @@ def test_checkpoint_cannot_run_code(trainer, output, tmp_path, number, plant):
         (folder / name).parent.mkdir(exist_ok=True)
         plant(folder / name, trap)
     if number:  # an attacker puts the checksums right
-        state = json.loads((folder / STATE).read_text())
-        del state["checksum"]
-        state["files"] |= {name: script.checksum(folder / name) for name in names}
-        (folder / STATE).write_text(json.dumps({**state, "checksum": script.digest_of(state)}))
+        files = json.loads((folder / STATE).read_text())["files"]
+        change_state(folder, files=files | {name: script.checksum(folder / name) for name in names})
     try:
         trainer(output, resume_from_checkpoint=folder, max_train_steps=4)
         assert number in (4, "others")  # what no resume reads
@@ -464,7 +489,8 @@ def test_signal_ends_a_run_with_a_checkpoint(train_any, start, tmp_path, name, l
     flags = train_any.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
     process = start(sys.executable, *LAUNCHERS[launcher], train_any.module.__file__, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
-    process.send_signal(number)
+    # a terminal sends Ctrl-C and its end to launcher and script alike, a service its SIGTERM to the launcher alone
+    process.send_signal(number) if launcher == "script" or name == "SIGTERM" else os.killpg(process.pid, number)
     errors = process.communicate(timeout=60)[1]
     if launcher == "script":
         assert process.returncode == 128 + number, errors[-2000:]
@@ -492,29 +518,58 @@ def no_process_in(folder):
     return True
 
 
-def test_second_signal_ends_at_once(train, start, tmp_path):
+@pytest.fixture
+def slow_script(train, tmp_path):
+    """Makes a script that runs the LoRA script with forwards of so many seconds."""
+
+    def make(seconds):
+        text = f"""import runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import pipeline_dopsd
+velocity = pipeline_dopsd.DOPSDZImagePipeline.velocity
+pipeline_dopsd.DOPSDZImagePipeline.velocity = lambda *args: (time.sleep({seconds}), velocity(*args))[1]
+runpy.run_path({train.module.__file__!r}, run_name="__main__")
+"""
+        (tmp_path / "slow.py").write_text(text)
+        return str(tmp_path / "slow.py")
+
+    return make
+
+
+def test_second_signal_ends_at_once(train, start, slow_script, tmp_path):
     """Whoever presses Ctrl-C twice does not want to wait."""
     flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
-    code = "import runpy, sys, time, pipeline_dopsd as p; sys.argv = sys.argv[1:]; v = p.DOPSDZImagePipeline.velocity\n"
-    code += "p.DOPSDZImagePipeline.velocity = lambda self, t, x, *a: (x.device.type == 'meta' or time.sleep(2), v(self, t, x, *a))[1]\n"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = start(sys.executable, "-c", code, train.module.__file__, *flags, cwd=ROOT)
+    process = start(sys.executable, slow_script(4), *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-1").exists())
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(1.1)
     assert process.wait(timeout=3) == 128 + signal.SIGINT
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20_000 + os.getpid() % 20_000)]
+
+
+@pytest.mark.parametrize("launcher", [LAUNCHERS["launcher"], TORCHRUN], ids=["accelerate", "torchrun"])
+def test_ctrl_c_in_a_terminal_is_one_signal(train, start, slow_script, tmp_path, launcher):
+    """Launcher and script have it at once; one launcher dies before the step is done, the other passes the signal on."""
+    flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
+    process = start(sys.executable, *launcher, slow_script(2), *flags)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-1").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    wait_for(lambda: no_process_in(tmp_path / "out"))
+    newest = script.list_checkpoints(tmp_path / "out")[-1]
+    assert newest.name == "checkpoint-2" and f"Stopped at step {script.read_state(newest)['step']}" in errors
 
 
 def test_processes_agree_on_the_step_of_a_signal(train, start, tmp_path):
     """A process that stops one step earlier than the others leaves them waiting for it for hours."""
     flags = train.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20_000 + os.getpid() % 20_000)]
-    process = start(sys.executable, *launcher, train.module.__file__, *flags)
+    process = start(sys.executable, *TORCHRUN, train.module.__file__, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
-    workers = psutil.Process(process.pid).children()
-    workers[1].send_signal(signal.SIGTERM)
+    psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     newest = script.list_checkpoints(tmp_path / "out")[-1]

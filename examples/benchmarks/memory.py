@@ -10,7 +10,7 @@
 `--gpu_gib` goes with each and stands for a card of that size in place of this machine's. The first three print the README's
 tables without a download; `command` reads the configs of the base, a folder or a Hub id, and no weights, images or captions.
 
-Two states of a step run on PyTorch's meta device, which computes nothing, while the bytes of living tensors are counted. Images are
+States of a step, two at most, run on PyTorch's meta device, which computes nothing, while the bytes of living tensors are counted. Images are
 taken to be square, captions with their chat to have 124 tokens, rows with --reference_column one reference, the VLM's image tokens to
 stand for 32 x 32 pixels each. Left out: the VAE and its validation pictures, and the encoders, which are gone by then.
 """
