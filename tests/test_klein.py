@@ -478,7 +478,7 @@ def test_resume_with_another_teacher_is_an_error(train_klein, trained, changes):
     (flag,) = changes
     with pytest.raises(ValueError, match=f"--{flag}"):
         train_klein(
-            trained, resume_from_checkpoint="latest", max_train_steps=9, rollout_steps=4, ema_decay=1.0, lora_alpha=8, **changes
+            trained, resume_from_checkpoint="latest", max_train_steps=9, rollout_steps=4, ema_decay=1.0, lora_alpha=8, learning_rate=0.3, **changes
         )  # fmt: skip
 
 
