@@ -1,4 +1,4 @@
-"""Variants of D-OPSD on the Z-Image miniature at equal cost, as learning curves: which states are trained, with what weights.
+"""Variants of D-OPSD on the miniatures at equal cost, as learning curves: which states are trained, with what weights.
 
     python examples/miniature/curves.py --work_dir build/curves                      # every table, and curves.png
     python examples/miniature/curves.py --questions fifth noise                      # some of them
@@ -84,6 +84,17 @@ def magnitude_and_direction(student_velocity, teacher_velocity, sigma, weighting
     return (0.5 * (lengths - wanted).square() + direction) / p.shape[1]
 
 
+class SlowingTeacher(script.LoRATeacher):
+    """A decay of .999 in the first half of 128 steps and of .9999 in the second."""
+
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        self.decay = 0.999 if self.steps <= 64 else 0.9999
+        super().step()
+
+
 @dataclass(frozen=True)
 class Variant:
     """What differs from M = 1: trained states per rollout, flags of the script, and what takes the place of its functions."""
@@ -93,6 +104,7 @@ class Variant:
     flags: dict = field(default_factory=dict)
     draw: object = draw_states
     loss: object = state_loss
+    teacher: object = script.LoRATeacher
 
     def passes(self):
         """Mean passes of an image."""
@@ -117,6 +129,7 @@ VARIANTS = {
     "direction": Variant("M = 1, magnitude and direction apart", loss=magnitude_and_direction),
     "ema99": Variant("M = 1, --ema_decay 0.99", flags={"ema_decay": 0.99}),
     "ema9999": Variant("M = 1, --ema_decay 0.9999", flags={"ema_decay": 0.9999}),
+    "ema_then": Variant("M = 1, decay 0.999, then 0.9999", teacher=SlowingTeacher),
     "rank4": Variant("M = 1, --rank 4", flags={"rank": 4}),
     "rank64": Variant("M = 1, --rank 64", flags={"rank": 64}),
     "prior2": Variant("M = 1, --prior_every 2", flags={"prior_every": 2}),
@@ -126,14 +139,15 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """Variants with the share of the whole passes that each gets, the settings that are searched, and the training seeds."""
+    """Variants, each with its share of the whole passes, the settings that are searched, and the training seeds."""
 
     title: str
-    shares: dict
-    batches: tuple = (4,)
-    rates: tuple = (5e-4, 1e-3, 2e-3)
-    seeds: int = 1
+    runs: list
+    batches: tuple = (2,)
+    rates: tuple = (1e-3, 2e-3)
+    seeds: int = 3
     curves: bool = False
+    model: str = "model"
 
     @property
     def settings(self):
@@ -142,42 +156,46 @@ class Question:
 
 QUESTIONS = {
     "fifth": Question(
-        "All states, and one state of each rollout for a fifth of the passes", {"m1": 0.2, "m4": 1.0}, (1, 2, 4), seeds=3, curves=True
+        "One, two and all of the states for a fifth of the passes, and all of them for all passes",
+        [("m1", 0.2), ("m2", 0.2), ("m4", 0.2), ("m4", 1.0)], (1, 2, 4), (5e-4, 1e-3, 2e-3), curves=True,
     ),
-    "equal": Question("One, two and all of the states for the same passes", {"m1": 1.0, "m2": 1.0, "m4": 1.0}, curves=True),
-    "variants": Question(
-        "Variants of one state for 40 per cent of the passes", dict.fromkeys([n for n in VARIANTS if n not in ("m4", "m2")], 0.4)
+    "klein": Question(
+        "The same on klein's miniature", [("m1", 0.2), ("m4", 1.0)], (2, 4), curves=True, model="klein"
     ),
+    "variants": Question("Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")]),
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 @functools.cache
-def measuring():
+def measuring(model):
     """The judge, and a pipeline that encodes the prompts and is lent the transformer in training."""
-    return Judge.from_pretrained(HERE / "judge"), load_pipeline()
+    return Judge.from_pretrained(HERE / "judge"), load_pipeline(folder=HERE / model)
 
 
-def train(variant, concept, setting, steps, seed, validate, args):
+def train(model, variant, concept, setting, steps, seed, validate, args):
     """Trains one LoRA; `validate` takes the place of the script's `log_validation`, after every step."""
     batch, rate = setting
     with tempfile.TemporaryDirectory() as folder:
-        flags = training_flags("model", HERE / "concepts" / concept, folder, rate, seed)
+        flags = training_flags(model, HERE / "concepts" / concept, folder, rate, seed)
         flags += ["--train_batch_size", batch, "--max_train_steps", steps, "--validation_steps", 1, *DOPSD_FLAGS]
         flags += ["--context_cache_dir", args.work_dir / "contexts", "--prior_prompts", HERE / "prior_prompts.txt"]
         own = {"rollout_steps": K, "states_per_rollout": variant.states, "rank": 16, "ema_decay": 0.999, **variant.flags}
         flags += [word for flag, value in own.items() for word in (f"--{flag}", value)]
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        replaced = {"log_validation": validate, "draw_states": variant.draw, "state_loss": variant.loss}
+        replaced = {
+            "log_validation": validate, "draw_states": variant.draw, "state_loss": variant.loss, "LoRATeacher": variant.teacher,
+        }  # fmt: skip
         with unittest.mock.patch.multiple(script, **replaced):
             script.main(script.parse_args([str(flag) for flag in flags]))
 
 
 def run(job):
     """Trains one LoRA, measures it on its way, and returns and stores the figures at each point."""
-    name, share, concept, setting, seed, curve, args = job
-    record = args.work_dir / f"{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{'-curve' if curve else ''}.json"
+    model, name, share, concept, setting, seed, curve, args = job
+    prefix, curved = "" if model == "model" else f"{model}-", "-curve" if curve else ""
+    record = args.work_dir / f"{prefix}{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{curved}.json"
     finished = json.loads(FINISHED.read_text())
     if record.stem in finished:
         return job[:-1], finished[record.stem]
@@ -190,32 +208,32 @@ def run(job):
 
         def measure(pipeline, teacher, dataset, cache, flags, accelerator, step):
             if step in seeds:
-                judge, lent = measuring()
+                judge, lent = measuring(model)
                 lent.transformer, noises = pipeline.transformer, range(seeds[step])
                 results, _ = concept_accuracy(lent, judge, CONCEPTS[concept], noises)
                 figures = {"concept": [right for right, _ in results], **unrelated_accuracy(lent, judge, noises)}
                 points.append({"step": step, "passes": each * step, **figures})
 
-        train(VARIANTS[name], concept, setting, steps, seed, measure, args)
+        train(model, VARIANTS[name], concept, setting, steps, seed, measure, args)
         record.write_text(json.dumps(points))
     return job[:-1], json.loads(record.read_text())
 
 
 def answer(question, pool, args):
     """Searches each variant's setting and trains it; returns the settings and, by variant and concept, the runs' points."""
-    results, runs = {}, {name: {concept: [] for concept in CONCEPTS} for name in question.shares}
-    jobs = [(n, share, SEARCHED, setting, 0, False, args) for n, share in question.shares.items() for setting in question.settings]
-    for (name, _, concept, setting, *_), points in pool.imap_unordered(run, jobs):
-        results[name, concept, setting, 0] = points[-1]
-        print(name, concept, *setting, shown(points[-1]), flush=True)
-    best = {name: best_rate(results, name, SEARCHED, question.settings) for name in question.shares}
+    results, runs = {}, {entry: {concept: [] for concept in CONCEPTS} for entry in question.runs}
+    jobs = [(question.model, *entry, SEARCHED, setting, 0, False, args) for entry in question.runs for setting in question.settings]
+    for (_, name, share, concept, setting, *_), points in pool.imap_unordered(run, jobs):
+        results[(name, share), concept, setting, 0] = points[-1]
+        print(name, share, concept, *setting, shown(points[-1]), flush=True)
+    best = {entry: best_rate(results, entry, SEARCHED, question.settings) for entry in question.runs}
     jobs = [
-        (name, share, concept, best[name], seed, question.curves and seed == 0, args)
-        for seed in range(question.seeds) for name, share in question.shares.items() for concept in CONCEPTS
+        (question.model, *entry, concept, best[entry], seed, question.curves and seed == 0, args)
+        for seed in range(question.seeds) for entry in question.runs for concept in CONCEPTS
     ]  # fmt: skip
-    for (name, _, concept, setting, seed, _), points in pool.imap(run, jobs):
-        runs[name][concept].append(points)
-        print(name, concept, *setting, f"seed {seed}", shown(points[-1]), flush=True)
+    for (_, name, share, concept, setting, seed, _), points in pool.imap(run, jobs):
+        runs[name, share][concept].append(points)
+        print(name, share, concept, *setting, f"seed {seed}", shown(points[-1]), flush=True)
     return results, best, runs
 
 
@@ -238,18 +256,19 @@ def print_tables(question, results, best, runs):
     print(f"\n{question.title}: concept right / unrelated right, per cent; training seeds: {question.seeds}\n")
     print(f"| | passes of an image | share of {WHOLE} | batch | learning rate | {' | '.join(CONCEPTS)} | mean | fine detail |")
     print("|---" * (7 + len(CONCEPTS)) + "|")
-    for name, share in question.shares.items():
-        ends = {concept: [points[-1] for points in found] for concept, found in runs[name].items()}
+    for (name, share), found in runs.items():
+        ends = {concept: [points[-1] for points in several] for concept, several in found.items()}
         # one mean over the concepts for each training seed
         means = [{key: np.mean([np.mean(p[key]) for p in points]) for key in ("concept", "right")} for points in zip(*ends.values())]
-        row = [VARIANTS[name].label, f"{VARIANTS[name].passes():g}", f"{share:g}", best[name][0], f"{best[name][1]:g}"]
-        row += [*map(cell, ends.values()), cell(means), f"{np.mean([p['detail'] for points in ends.values() for p in points]):.2f}"]
+        batch, rate = best[name, share]
+        row = [VARIANTS[name].label, f"{VARIANTS[name].passes():g}", f"{share:g}", batch, f"{rate:g}", *map(cell, ends.values())]
+        row += [cell(means), f"{np.mean([p['detail'] for points in ends.values() for p in points]):.2f}"]
         print(f"| {' | '.join(map(str, row))} |")
     print(f"\nThe search on {SEARCHED}, training seed 0:\n")
-    print("| | " + " | ".join(f"batch {b}, {r:g}" for b, r in question.settings) + " |\n|---" + "|---" * len(question.settings) + "|")
-    for name in question.shares:
-        cells = [shown(results[name, SEARCHED, setting, 0]) for setting in question.settings]
-        print(f"| {VARIANTS[name].label} | {' | '.join(cells)} |")
+    print("| | share | " + " | ".join(f"batch {b}, {r:g}" for b, r in question.settings) + " |\n|---|---" + "|---" * len(question.settings) + "|")
+    for name, share in runs:
+        cells = [shown(results[(name, share), SEARCHED, setting, 0]) for setting in question.settings]
+        print(f"| {VARIANTS[name].label} | {share:g} | {' | '.join(cells)} |")
 
 
 def draw_curves(questions, path):
@@ -265,8 +284,8 @@ def draw_curves(questions, path):
             draw.text((left, top - 30), f"{concept}: per cent right over passes (0 to {WHOLE})", fill="black")
             for share in (0.5, 1.0):
                 draw.text((left - 25, at(0, share)[1] - 5), f"{100 * share:.0f}", fill="grey")
-            for number, (name, found) in enumerate(runs.items()):
-                draw.text((left + 90 * number, top - 15), VARIANTS[name].label, fill=colours[number])
+            for number, ((name, share), found) in enumerate(runs.items()):
+                draw.text((left + 82 * number, top - 15), f"{VARIANTS[name].label}, {share:g}", fill=colours[number])
                 curve = found[concept][0]
                 for key, thickness in (("concept", 3), ("right", 1)):
                     draw.line([at(p["passes"], np.mean(p[key])) for p in curve], fill=colours[number], width=thickness)
@@ -298,7 +317,7 @@ def print_noise(args, batches=12, warm_up=40):
             signal, batch = whole.mean(0).square().sum(), whole.var(0).sum()
             figures.update({n: (v / signal).item() for n, v in {"batch": batch, "independent": alone, "balanced": balanced}.items()})
 
-        train(VARIANTS["m1"], SEARCHED, (4, 1e-3), 2 * warm_up, 0, measure, args)
+        train("model", VARIANTS["m1"], SEARCHED, (4, 1e-3), 2 * warm_up, 0, measure, args)
         record.write_text(json.dumps(figures))
     figures = figures or json.loads(record.read_text())
     print(f"\nVariance of the gradient of a batch of 4, over the squared norm of the mean gradient of {batches} batches\n")
