@@ -1,6 +1,6 @@
 # make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
 # make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own.
-# make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py.
+# make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py. make flags: write docs/flags.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +12,12 @@ STEPS ?= 128
 SFT_STEPS = $$(( 9 * $(STEPS) / 4 ))
 # the best of each method in examples/miniature/compare.py
 RATE ?= 1e-3
-SFT_RATE ?= 1e-4
+SFT_RATE ?= 3e-4
 MINIATURE := examples/miniature
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 2 --rank 16 --lr_scheduler cosine --seed 0
 
-.PHONY: demo test test-slow test-lowest lint fix-copies
+.PHONY: demo test test-slow test-lowest lint fix-copies flags
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,3 +60,6 @@ lint: $(VENV)/.installed
 
 fix-copies:
 	$(PYTHON) utils/fix_copies.py
+
+flags: $(VENV)/.installed
+	$(BIN)/python utils/flags.py
