@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 DEMO := outputs/demo
-CONCEPT ?= arrow
+CONCEPT ?= ember
 # 2 pictures a step and, in the mean, 4.5 transformer passes a picture; SFT has 2 passes, so it gets 9 / 4 times the steps
 STEPS ?= 128
 SFT_STEPS = $$(( 9 * $(STEPS) / 4 ))
