@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
 import train_dopsd_lora as script
-from conftest import CAPTIONS, CHAT_TEMPLATE, draw
+from conftest import draw
+from families import CAPTIONS, CHAT_TEMPLATE
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
 

@@ -19,7 +19,8 @@ from torch._dynamo.utils import counters
 
 import train_dopsd_full as full
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, draw, patch_velocity, save_base
+from conftest import LORA, ROOT, draw, patch_velocity
+from families import save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -478,7 +479,7 @@ def test_recipe_without_arguments_says_how_to_use_it(path):
 def test_command_needs_no_weights(base, tokenizer, flags, tmp_path, script_of, monkeypatch, capsys):
     """With configs alone the largest model is estimated on the smallest machine."""
     folder = tmp_path / "configs"
-    save_base(folder, tokenizer)
+    save_z_image(folder, tokenizer)
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     words = flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4 if script_of is script else None)

@@ -7,7 +7,8 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 import train_dopsd_lora as script
-from conftest import LORA, save_base
+from conftest import LORA
+from families import save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -105,7 +106,7 @@ def test_two_loras_scale_and_fuse(save, base):
 def test_base_of_another_size_is_refused(save, tokenizer, tmp_path):
     """One sentence in place of a list of hundreds of shapes."""
     folder, _ = save()
-    save_base(tmp_path / "wide", tokenizer, dim=96)
+    save_z_image(tmp_path / "wide", tokenizer, dim=96)
     pipeline = DOPSDZImagePipeline.from_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="trained on another base"):
         pipeline.load_lora_weights(folder)
