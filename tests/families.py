@@ -196,6 +196,19 @@ def z_image_in_comfyui(layer, dim):
     return layer.replace("attention.to_out.0", "attention.out"), slice(None)
 
 
+def klein_in_comfyui(layer, dim):
+    """In double-stream blocks q, k and v are rows of `qkv`, of image and of text; single-stream blocks have other names alone."""
+    number, _, kind = layer.partition("transformer_blocks.")[2].partition(".")
+    if number and layer.startswith("single_"):
+        return f"single_blocks.{number}.{ {'attn.to_qkv_mlp_proj': 'linear1', 'attn.to_out': 'linear2'}[kind] }", slice(None)
+    for stream, names in {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}.items():
+        if (name := kind.removeprefix("attn.")) in names:
+            return f"double_blocks.{number}.{stream}_attn.qkv", slice(dim * names.index(name), dim * (names.index(name) + 1))
+    names = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2"}
+    names |= {"ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2"}
+    return f"double_blocks.{number}.{names[kind]}", slice(None)
+
+
 def krea_in_comfyui(layer, dim):
     """Other names alone: `blocks`, `txtfusion`, and wq, wk, wv, gate, wo and mlp within a block."""
     block, _, kind = layer.replace("transformer_blocks.", "blocks.").replace("text_fusion.", "txtfusion.").rpartition(".attn.")
@@ -217,8 +230,7 @@ class Family:
         text_layers: of text encoder and VLM.
         knows_distilled: whether its model_index.json says that a base is distilled.
         takes, gives: latents in the form that the stock pipeline takes and hands out, as a function of a pipeline and of (B, C, h, w).
-        in_comfyui: name and rows of the matrix that a layer is there, as a function of the layer and the transformer's width; None
-            where ComfyUI's rules are not known here.
+        in_comfyui: name and rows of the matrix that a layer is there, as a function of the layer and the transformer's width.
     """
 
     pipeline: type
@@ -226,11 +238,11 @@ class Family:
     save: Callable
     guidance_scale: float
     lora_layers: int
+    in_comfyui: Callable
     text_layers: int = 3
     knows_distilled: bool = True
     takes: Callable = lambda pipeline, latents: latents
     gives: Callable = lambda pipeline, latents: latents
-    in_comfyui: Callable | None = None
 
 
 def pack(pipeline, latents):
@@ -243,7 +255,7 @@ FAMILIES = {
     ),
     "klein": Family(
         DOPSDFlux2KleinPipeline, Flux2KleinPipeline, save_klein, 1.0, lora_layers=12 + 2 * 2, text_layers=28,
-        gives=lambda pipeline, latents: pipeline._pack_latents(latents),
+        gives=lambda pipeline, latents: pipeline._pack_latents(latents), in_comfyui=klein_in_comfyui,
     ),
     "krea": Family(
         DOPSDKrea2Pipeline, Krea2Pipeline, save_krea, 0.0, lora_layers=4 * 8, text_layers=4, takes=pack, gives=pack,
