@@ -188,7 +188,7 @@ def save_krea(folder, tokenizer, dim=64):
     ).save_pretrained(folder)
 
 
-def z_image_in_comfyui(layer, dim):
+def z_image_in_comfyui(layer, dim=64):
     """q, k and v are rows of one matrix `qkv`; to_out.0 is called `out`."""
     block, _, kind = layer.partition(".attention.")
     if kind in ("to_q", "to_k", "to_v"):
@@ -196,7 +196,7 @@ def z_image_in_comfyui(layer, dim):
     return layer.replace("attention.to_out.0", "attention.out"), slice(None)
 
 
-def klein_in_comfyui(layer, dim):
+def klein_in_comfyui(layer, dim=32):
     """In double-stream blocks q, k and v are rows of `qkv`, of image and of text; single-stream blocks have other names alone."""
     number, _, kind = layer.partition("transformer_blocks.")[2].partition(".")
     if number and layer.startswith("single_"):
@@ -209,7 +209,7 @@ def klein_in_comfyui(layer, dim):
     return f"double_blocks.{number}.{names[kind]}", slice(None)
 
 
-def krea_in_comfyui(layer, dim):
+def krea_in_comfyui(layer):
     """Other names alone: `blocks`, `txtfusion`, and wq, wk, wv, gate, wo and mlp within a block."""
     block, _, kind = layer.replace("transformer_blocks.", "blocks.").replace("text_fusion.", "txtfusion.").rpartition(".attn.")
     if not block:
@@ -230,7 +230,7 @@ class Family:
         text_layers: of text encoder and VLM.
         knows_distilled: whether its model_index.json says that a base is distilled.
         takes, gives: latents in the form that the stock pipeline takes and hands out, as a function of a pipeline and of (B, C, h, w).
-        in_comfyui: name and rows of the matrix that a layer is there, as a function of the layer and the transformer's width.
+        in_comfyui: name and rows of the matrix that a layer of the tiny transformer is there.
     """
 
     pipeline: type
