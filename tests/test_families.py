@@ -230,7 +230,7 @@ def test_card_says_how_the_family_is_used(family, trained):
 # -------------------------------------------------------------------------------------------------------- other runs
 def test_baseline_trains(train, tmp_path):
     """Without SFT beside it, nobody sees what D-OPSD keeps."""
-    dropped = ("vlm_model_name_or_path", "context_cache_dir", "ema_decay", "validation_steps", "report_to")
+    dropped = ("vlm_model_name_or_path", "context_cache_dir", "ema_decay", "validation_steps", "report_to", "prior_prompts")
     flags = train.flags(tmp_path / "out", max_train_steps=2, learning_rate=0.1, **dict.fromkeys(dropped))
     train_sft.main(train_sft.parse_args([*flags, "--class_prompt", "a disc", "--num_class_images", "1"]))
     weights = load_file(tmp_path / "out" / LORA)

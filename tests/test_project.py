@@ -13,6 +13,8 @@ from conftest import ROOT
 
 
 sys.path.insert(0, str(ROOT / "utils"))
+import flags as flags_page  # noqa: E402
+
 from fix_copies import definitions, with_copies  # noqa: E402
 
 
@@ -92,3 +94,27 @@ def test_bounds_can_be_met_together(path):
             if ours and not needed.marker:
                 for other in (s.version for s in needed.specifier if s.operator == ">="):
                     assert Version(ours) >= Version(other), f"{name} asks for {needed}, the header for {ours}"
+
+
+def test_page_of_flags_is_that_of_the_scripts():
+    """Users would read of flags and defaults that are gone. Remedy: make flags."""
+    assert (ROOT / "docs" / "flags.md").read_text("utf-8") == flags_page.page()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_pages_name_what_is_there(page):
+    """A reader would be sent to a file, heading or flag that does not exist."""
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("http"):
+            other = page.parent / path if path else page
+            assert other.exists(), target
+            headings = re.findall(r"(?m)^#+ (.*)$", other.read_text("utf-8")) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, target
+    known = set(re.findall(r"--\w+", "".join(file.read_text("utf-8") for file in [*SCRIPTS, *(ROOT / "examples").rglob("*.py")])))
+    outside = {"--config_file", "--help", "--include", "--recipe", "--gpu_gib"}
+    assert set(re.findall(r"`[^`\n]*?(--\w+)", text)) - known - outside == set()
+    if page.name == "README.md":
+        assert len(text.splitlines()) <= 180
