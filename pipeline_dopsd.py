@@ -29,6 +29,7 @@ import contextlib
 import functools
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 
@@ -37,10 +38,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -50,10 +54,13 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
     get_default_z_image_sigmas,
     retrieve_timesteps,
 )
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3VLModel,
 )
@@ -129,6 +136,8 @@ class MultimodalEncoder:
         ValueError: the model is no Qwen3-VL, or its tokenizer is not whole.
     """
 
+    skipped_tokens = 0  # at the beginning of a chat, which are no part of a context
+
     def __init__(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
         self.name = vlm_name_or_path
         self.config = AutoConfig.from_pretrained(vlm_name_or_path)
@@ -140,11 +149,15 @@ class MultimodalEncoder:
             self.tokenizer.chat_template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
         if self.tokenizer.convert_ids_to_tokens(self.config.image_token_id) is None:
             raise ValueError(f"{self.name} lacks files of its tokenizer, which has no token for images; fetch it anew.")
+        self.load_image_processor(max_pixels)
+        self.model = None
+
+    def load_image_processor(self, max_pixels: int):
+        """Loads what makes patches of images."""
         # backend="pil": the default backend needs torchvision
-        self.image_processor = AutoImageProcessor.from_pretrained(vlm_name_or_path, backend="pil")
+        self.image_processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
         shortest = min(self.image_processor.size["shortest_edge"], max_pixels)
         self.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
-        self.model = None
 
     def check_config(self, text_config):
         """Raises ValueError if the language model differs in shape from the text encoder; reads no weights."""
@@ -202,8 +215,8 @@ class MultimodalEncoder:
                 )
 
     def chat(self, prompt: str, image_tokens: int, ending: str = "") -> str:
-        """One user turn, image first and then the prompt, with the generation prompt and what the family puts after it."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        """One user turn, the image if there is one and then the prompt, with the generation prompt and what the family puts after it."""
+        content = [*([{"type": "image"}] if image_tokens else []), {"type": "text", "text": prompt}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -214,17 +227,21 @@ class MultimodalEncoder:
         """Tokens of the context of `prompt` and an image of `height` x `width` pixels; needs no weights."""
         limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
         patches = self.image_processor.get_number_of_image_patches(height, width, limits)
-        return len(self.tokenizer(self.chat(prompt, patches // self.image_processor.merge_size**2, ending)).input_ids)
+        chat = self.chat(prompt, patches // self.image_processor.merge_size**2, ending)
+        return len(self.tokenizer(chat).input_ids) - self.skipped_tokens
 
     @torch.no_grad()
     def hidden_states(self, prompts: list[str], images: list, ending: str = "", pad_to: int = 0) -> list[tuple[torch.Tensor, ...]]:
         """For each chat with a PIL image and a prompt, the hidden states of all layers, each (tokens, dim); one forward.
 
-        Shorter contexts than `pad_to` tokens are padded at the end, masked as the text encoder's own padding is.
+        Without `images`, the chats are of text alone. Shorter contexts than `pad_to` tokens are padded at the end, masked as the text
+        encoder's own padding is.
         """
-        inputs = dict(self.image_processor(images=images, size=self.size, return_tensors="pt"))
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        counts = (inputs["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2).tolist()
+        inputs, counts = {}, [0] * len(prompts)
+        if images:
+            inputs = dict(self.image_processor(images=images, size=self.size, return_tensors="pt"))
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            counts = (inputs["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2).tolist()
         chats = [self.chat(prompt, count, ending) for prompt, count in zip(prompts, counts, strict=True)]
         padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
         inputs |= self.tokenizer(chats, return_tensors="pt", padding_side="right", **padding)
@@ -232,7 +249,58 @@ class MultimodalEncoder:
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         lengths = [pad_to or int(length) for length in inputs["attention_mask"].sum(dim=1)]
         layers = self.model(**inputs, output_hidden_states=True).hidden_states
-        return [tuple(hidden[i, :length] for hidden in layers) for i, length in enumerate(lengths)]
+        return [tuple(hidden[i, self.skipped_tokens : length] for hidden in layers) for i, length in enumerate(lengths)]
+
+
+class NativeEncoder(MultimodalEncoder):
+    """A text encoder that is a Qwen3-VL itself and reads images with its own weights, in the chat that its pipeline writes.
+
+    Args:
+        vlm_name_or_path (`str`): where the image processor comes from, and nothing else.
+        max_pixels (`int`): see `MultimodalEncoder`.
+        config, tokenizer: those of the text encoder.
+        pipeline: has the chat, whose beginning is dropped from the contexts.
+
+    Raises:
+        ValueError: the image processor is made for another kind of model.
+    """
+
+    def __init__(
+        self, vlm_name_or_path: str, max_pixels: int, config: PretrainedConfig, tokenizer: AutoTokenizer, pipeline: Krea2Pipeline
+    ):
+        self.name, self.config, self.tokenizer, self.model = vlm_name_or_path, config, tokenizer, None
+        self.before, self.after = pipeline.prompt_template_encode_prefix, pipeline.prompt_template_encode_suffix
+        self.skipped_tokens = pipeline.prompt_template_encode_start_idx
+        self.load_image_processor(max_pixels)
+        vision, ours = config.vision_config, self.image_processor
+        if (ours.patch_size, ours.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+            raise ValueError(
+                f"--vlm_model_name_or_path {self.name} does not fit the text encoder: its image processor cuts patches of "
+                f"{ours.patch_size} pixels, not {vision.patch_size}. Choose a Qwen3-VL."
+            )
+
+    def transplant(self, text_encoder: PreTrainedModel):
+        """Takes the text encoder as it is.
+
+        Raises:
+            ValueError: its files lack weights of its vision part, which transformers has then made up.
+        """
+        held = set()
+        for file in Path(text_encoder.name_or_path).glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                held |= {name.partition("visual.")[2] for name in weights.keys()}
+        if held and (unseeing := sorted(name for name, _ in text_encoder.visual.named_parameters() if name not in held)):
+            raise ValueError(
+                f"The text encoder {text_encoder.name_or_path} lacks weights of its vision part: visual.{unseeing[0]}, ..; give a base "
+                "whose text encoder is whole."
+            )
+        self.model = text_encoder
+
+    def chat(self, prompt: str, image_tokens: int, ending: str = "") -> str:
+        """The pipeline's chat, with the image, if there is one, at the beginning of the user's turn."""
+        ids = self.config.vision_start_token_id, *[self.config.image_token_id] * image_tokens, self.config.vision_end_token_id
+        image = "".join(self.tokenizer.convert_ids_to_tokens(ids)) if image_tokens else ""
+        return self.before + image + prompt + self.after + ending
 
 
 def input_dtype(transformer: torch.nn.Module) -> torch.dtype:
@@ -253,6 +321,9 @@ class DOPSDMixin:
     default_teacher_max_pixels = 768 * 768
     # hidden size of the text encoder -> the Qwen3-VL of its size
     vlms = {2560: "Qwen/Qwen3-VL-4B-Instruct", 4096: "Qwen/Qwen3-VL-8B-Instruct"}
+    # what is read of the VLM
+    vlm_files = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+    distilled_unless_said = True
     multimodal_encoder: MultimodalEncoder | None = None
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **kwargs):
@@ -299,9 +370,19 @@ class DOPSDMixin:
         pipeline.register_to_config(**own)
         pipeline.save_pretrained(save_directory, **kwargs)
 
-    def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int = 768 * 768):
+    @classmethod
+    def make_encoder(
+        cls, vlm_name_or_path: str, max_pixels: int, text_config: PretrainedConfig, tokenizer: AutoTokenizer
+    ) -> MultimodalEncoder:
+        """The teacher's encoder, without weights yet. Raises ValueError where the VLM does not fit the text encoder."""
+        encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
+        encoder.check_config(text_config)
+        return encoder
+
+    def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int | None = None):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""
-        self.multimodal_encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
+        max_pixels = max_pixels or self.default_teacher_max_pixels
+        self.multimodal_encoder = self.make_encoder(vlm_name_or_path, max_pixels, self.text_encoder.config, self.tokenizer)
         self.multimodal_encoder.transplant(self.text_encoder)
 
     @staticmethod
@@ -325,6 +406,10 @@ class DOPSDMixin:
         """Height and width of an image must be multiples of this number of pixels (VAE factor times patch size)."""
         return 2 ** (len(vae_config["block_out_channels"]) - 1) * 2
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) from -1 to 1 of latents as the VAE decodes them."""
+        return self.vae.decode(latents, return_dict=False)[0]
+
     @torch.no_grad()
     def sample(self, transformer, contexts: list[dict], latents: torch.Tensor, num_steps: int) -> list:
         """PIL images that `transformer` draws from the noise `latents` in `num_steps`: what a call does, for any context."""
@@ -332,7 +417,7 @@ class DOPSDMixin:
             velocity = self.velocity(transformer, latents, timestep, contexts)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         with torch.autocast(latents.device.type, enabled=False):
-            image = self.vae.decode(self.to_vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+            image = self.decode(self.to_vae_latents(latents).to(self.vae.dtype))
         return self.image_processor.postprocess(image, output_type="pil")
 
     @classmethod
@@ -398,6 +483,11 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         A context is padded to a multiple of 32 and the image's position starts one after it.
         """
         return (transformer_config["axes_lens"][0] - 2) // 32 * 32
+
+    @staticmethod
+    def context_shape(tokens: int, transformer_config: dict, pipeline_config: dict) -> tuple[int, ...]:
+        """Shape of the `prompt_embeds` of a context with so many tokens."""
+        return tokens, transformer_config["cap_feat_dim"]
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references=None) -> list[dict]:
@@ -527,6 +617,11 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         """The length, in tokens, of every context."""
         return cls.max_prompt_length(pipeline_config)
 
+    @classmethod
+    def context_shape(cls, tokens: int, transformer_config: dict, pipeline_config: dict) -> tuple[int, ...]:
+        """Shape of the `prompt_embeds` of a context; see [`DOPSDZImagePipeline.context_shape`]."""
+        return cls.max_prompt_length(pipeline_config), transformer_config["joint_attention_dim"]
+
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
         """Student context c_s: the stock text features (max_sequence_length, dim), padding kept, and the latents of reference images."""
@@ -622,6 +717,156 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         return self._unpatchify_latents(latents * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean)
 
 
+class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
+    """Krea-2-Turbo with D-OPSD's contexts; calling it is few-step, text-only inference.
+
+    A context is trimmed to its real tokens: `prompt_embeds` (tokens, layers, dim) has the features of several layers of the text encoder
+    for each token. All of them stand at position 0 in the transformer, which masks padding, so that no length is too long for it.
+
+    Args:
+        text_encoder_select_layers (`list[int]`): layers of the text encoder whose features are stacked; see [`Krea2Pipeline`].
+        num_inference_steps (`int`): the checkpoint's number of steps, used when a call names none.
+    """
+
+    # attention and feed-forward of all blocks: main blocks and, as text and image reach them through it, text fusion
+    lora_layers = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down",
+    ]  # fmt: skip
+    # 256 tokens: with a caption no more than the 512 that the transformer has seen, and 16 MB on the disk in bf16
+    default_teacher_max_pixels = 512 * 512
+    # the text encoder is a VLM itself
+    vlm_files = ["preprocessor_config.json"]
+    default_num_inference_steps = 8
+    distilled_bases = "krea/Krea-2-Turbo"
+    distilled_unless_said = False
+    transformer_class = Krea2Transformer2DModel
+    vae_class = AutoencoderKLQwenImage
+    stock_length = inspect.signature(Krea2Pipeline.encode_prompt).parameters["max_sequence_length"].default
+    # shift of the grid of distilled checkpoints, in the stock pipeline's call
+    mu = 1.15
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLQwenImage,
+        text_encoder: Qwen3VLModel,
+        tokenizer: AutoTokenizer,
+        transformer: Krea2Transformer2DModel,
+        text_encoder_select_layers: list | None = None,
+        is_distilled: bool = True,
+        patch_size: int = 2,
+        num_inference_steps: int = 8,
+    ):
+        super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers, is_distilled, patch_size)
+        self.register_to_config(num_inference_steps=num_inference_steps)
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, *, num_inference_steps: int | None = None, guidance_scale: float = 0.0, **kwargs):
+        """As [`Krea2Pipeline.__call__`], with the checkpoint's number of steps and without guidance by default."""
+        steps = num_inference_steps or self.config.num_inference_steps
+        return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
+
+    @classmethod
+    @functools.cache
+    def without_parts(cls) -> DOPSDKrea2Pipeline:
+        """A pipeline that knows the stock chat and nothing else."""
+        return cls(*[None] * 5)
+
+    @classmethod
+    def make_encoder(
+        cls, vlm_name_or_path: str, max_pixels: int, text_config: PretrainedConfig, tokenizer: AutoTokenizer
+    ) -> MultimodalEncoder:
+        """The teacher's encoder, without weights yet. Raises ValueError where the image processor does not fit the text encoder."""
+        return NativeEncoder(vlm_name_or_path, max_pixels, text_config, tokenizer, cls.without_parts())
+
+    @classmethod
+    def prompt_length(cls, tokenizer, prompt: str) -> int:
+        """Tokens of a prompt with its chat, as far as they are part of the context."""
+        stock = cls.without_parts()
+        chat = stock.prompt_template_encode_prefix + prompt, stock.prompt_template_encode_suffix
+        return sum(len(tokenizer(part).input_ids) for part in chat) - stock.prompt_template_encode_start_idx
+
+    @staticmethod
+    def max_context_length(transformer_config: dict, pipeline_config: dict) -> float:
+        """The transformer takes contexts of any length."""
+        return math.inf
+
+    @staticmethod
+    def context_shape(tokens: int, transformer_config: dict, pipeline_config: dict) -> tuple[int, ...]:
+        """Shape of the `prompt_embeds` of a context; see [`DOPSDZImagePipeline.context_shape`]."""
+        return tokens, transformer_config["num_text_layers"], transformer_config["text_hidden_dim"]
+
+    @staticmethod
+    def size_multiple(vae_config: dict) -> int:
+        """See [`DOPSDMixin.size_multiple`]."""
+        return 2 ** len(vae_config["temperal_downsample"]) * 2
+
+    @torch.no_grad()
+    def encode_student(self, prompts: list[str], references=None) -> list[dict]:
+        """Student context c_s: the stock text features of the real tokens, `prompt_embeds` (tokens, layers, dim) per prompt."""
+        embeds, masks = self.encode_prompt(list(prompts))
+        return [{"prompt_embeds": e[mask]} for e, mask in zip(embeds, masks, strict=True)]
+
+    def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
+        """Teacher context c_t: the student's, with the image before the prompt in the user's turn.
+
+        The text encoder reads both: image tokens have the positions (time, height, width) that its own function gives them.
+        """
+        states = self.multimodal_encoder.hidden_states(prompts, images)
+        return [{"prompt_embeds": torch.stack([own[k] for k in self.text_encoder_select_layers], dim=1)} for own in states]
+
+    def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
+        channels = self.transformer.config.in_channels // self.patch_size**2
+        packed = self.prepare_latents(1, channels, height, width, torch.float32, torch.device("cpu"), generator)
+        return self._unpack_latents(packed, height, width)[:, :, 0]
+
+    def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
+        """Sets the scheduler to the inference grid of `num_steps`, the same for all sizes; timesteps (num_steps,), 1000 = noise."""
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, latents.device, sigmas=sigmas, mu=self.mu)
+        self.scheduler.set_begin_index(0)
+        return timesteps
+
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
+        """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`]."""
+        (batch, _, height, width), device, dtype = latents.shape, latents.device, input_dtype(transformer)
+        embeds = [c["prompt_embeds"].to(device, dtype) for c in contexts]
+        lengths, longest = [len(e) for e in embeds], max(map(len, embeds))
+        mask = None  # more kernels of attention take none
+        if min(lengths) < longest:
+            mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        out = transformer(
+            hidden_states=self._pack_latents(latents, *latents.shape).to(dtype),
+            encoder_hidden_states=pad_sequence(embeds, batch_first=True),
+            timestep=(timestep / 1000).expand(batch).to(dtype),  # in this order, as the stock pipeline rounds
+            position_ids=self.prepare_position_ids(longest, height // self.patch_size, width // self.patch_size, device),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return self._unpack_latents(out.float(), height * self.vae_scale_factor, width * self.vae_scale_factor)[:, :, 0]
+
+    @property
+    def latent_statistics(self) -> torch.Tensor:
+        """Mean and standard deviation of the VAE's latents, (2, 1, C, 1, 1, 1)."""
+        return torch.tensor([self.vae.config.latents_mean, self.vae.config.latents_std])[:, None, :, None, None, None]
+
+    def to_vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE decodes them: with an axis of frames and its statistics."""
+        mean, std = self.latent_statistics.to(latents)
+        return latents.unsqueeze(2) * std + mean
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See [`DOPSDMixin.decode`]."""
+        return super().decode(latents)[:, :, 0]
+
+    def image_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """x_0 of preprocessed images (B, 3, H, W): what a rollout ends at, (B, C, h, w)."""
+        latents = self.vae.encode(pixels.unsqueeze(2)).latent_dist.mean
+        mean, std = self.latent_statistics.to(latents)
+        return ((latents - mean) / std)[:, :, 0]
+
+
 class _FromRepository:
     """Way (b): the pipeline of a LoRA repository, which loads the base by its name and then the LoRA beside it.
 
@@ -681,8 +926,33 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         self.register_to_config(base_model=base_model, base_dtype=base_dtype)
 
 
+class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
+    """Krea-2-Turbo plus the LoRA of the repository that this class is loaded from. See `_FromRepository`."""
+
+    _optional_components = ["scheduler", "vae", "text_encoder", "tokenizer", "transformer"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler = None,
+        vae: AutoencoderKLQwenImage = None,
+        text_encoder: Qwen3VLModel = None,
+        tokenizer: AutoTokenizer = None,
+        transformer: Krea2Transformer2DModel = None,
+        text_encoder_select_layers: list | None = None,
+        is_distilled: bool = True,
+        patch_size: int = 2,
+        num_inference_steps: int = 8,
+        base_model: str = None,
+        base_dtype: str = "bfloat16",
+    ):
+        base = DOPSDKrea2Pipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
+        config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
+        DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
+        self.register_to_config(base_model=base_model, base_dtype=base_dtype)
+
+
 # Base pipeline class, as a model_index.json names it -> family
-FAMILIES = {"ZImagePipeline": DOPSDZImagePipeline, "Flux2KleinPipeline": DOPSDFlux2KleinPipeline}
+FAMILIES = {"ZImagePipeline": DOPSDZImagePipeline, "Flux2KleinPipeline": DOPSDFlux2KleinPipeline, "Krea2Pipeline": DOPSDKrea2Pipeline}
 
 
 def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPSDMixin]:
@@ -697,12 +967,14 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
         raise ValueError(f"{model_name_or_path} is a LoRA; give its base, {config['base_model']}.")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{model_name_or_path} is of class {name}; known are: {', '.join(FAMILIES)}.")
-    if config.get("is_distilled") is False:
+    family = FAMILIES[name]
+    # a file that does not say it is understood as the stock pipeline does
+    if not config.get("is_distilled", family.distilled_unless_said):
         raise ValueError(
             f"{model_name_or_path} is not step-distilled (is_distilled in its model_index.json), so it has no few steps to keep. "
-            f"Give the distilled model: {FAMILIES[name].distilled_bases}."
+            f"Give the distilled model: {family.distilled_bases}."
         )
-    return FAMILIES[name]
+    return family
 
 
 def repository_config(pipeline: DOPSDMixin, base_model: str, num_inference_steps: int, base_dtype: str) -> dict:

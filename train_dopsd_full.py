@@ -120,7 +120,7 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
 import pipeline_dopsd
-from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, MultimodalEncoder, family_of
+from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of
 
 
 # Raises if the minimal version of diffusers is not installed.
@@ -657,14 +657,13 @@ class ContextCache:
     The key changes whenever images, crops, caption, models or settings change.
     """
 
-    def __init__(self, args):
+    def __init__(self, family, args):
         self.folder = Path(args.context_cache_dir)
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
-            patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
-            self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
+            self.models += [fingerprint(args.vlm_model_name_or_path, family.vlm_files, None), args.teacher_max_pixels]
 
     def path(self, row, shown, caption):
         key = json.dumps([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
@@ -727,14 +726,15 @@ def check_contexts(family, args, dataset, pairs):
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
     if not edit:
-        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(text_config.hidden_size)
+        width = text_config.get_text_config().hidden_size
+        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(width)
         if not args.vlm_model_name_or_path:
-            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {text_config.hidden_size}.")
-        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="config.json")
+            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {width}.")
+        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="preprocessor_config.json")
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
-            encoder = MultimodalEncoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-            encoder.check_config(text_config)
-        check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
+            encoder = family.make_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels, text_config, tokenizer)
+        if "*.safetensors" in family.vlm_files:
+            check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
         special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
         ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
         without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
@@ -807,12 +807,15 @@ def quantization_config(component, kind, library):
     """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
     if not kind:
         return None
+    whole = ["visual", "lm_head"]  # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
     if kind == "nf4":
-        config = library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        config = library.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=whole
+        )
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind](), whole)
     return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
 
 
@@ -1123,7 +1126,8 @@ def results_in(folder):
 
 def component_folders(index):
     """Names of the components, each a folder, that a model_index.json lists."""
-    return [n for n, value in index.items() if isinstance(value, list) and value and value[0] and n.isidentifier() and n[0] != "_"]
+    named = {n: value[0] for n, value in index.items() if isinstance(value, list) and value}  # [library, class], or [null, null]
+    return [n for n, library in named.items() if isinstance(library, str) and n.isidentifier() and n[0] != "_"]
 
 
 def clear_output_dir(args):
@@ -1746,7 +1750,7 @@ def check_inputs(args):
     }  # fmt: skip
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     check_contexts(family, args, dataset, pairs)
-    cache = ContextCache(args)
+    cache = ContextCache(family, args)
     identity = identity_of(args, dataset, cache)
     if state:
         check_resume(state, identity, args)

@@ -1,6 +1,7 @@
 """Tiny random models of the real classes in the Hub's layout, a folder of images, and runs of the training script."""
 
-import json
+import functools
+import inspect
 import os
 import socket
 import subprocess
@@ -22,124 +23,33 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from diffusers import (  # noqa: E402
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
-from tokenizers import ByteLevelBPETokenizer  # noqa: E402
-from transformers import (  # noqa: E402
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 import train_dopsd_full as full_script  # noqa: E402
 import train_dopsd_lora as script  # noqa: E402
-from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder  # noqa: E402
+from families import CAPTIONS, FAMILIES, make_tokenizer, save_vlm  # noqa: E402
 
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-]  # fmt: skip
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.content is string -%}{{ message.content }}
-{%- else -%}{%- for part in message.content -%}
-{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- else -%}{{ part.text }}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
-CAPTIONS = {
-    "a": [
-        "a red square",
-        "a square, red, on a plain white background, drawn with a thick outline and seen from the front",
-    ],
-    "b": ["a blue disc"],
-    "c": ["a green bar on white"],
-    "d": ["a yellow dot"],
-}
-HIDDEN = 64
 LORA = "pytorch_lora_weights.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SECRET = "hf_aTokenThatNobodyMustRead"
 
 
-def make_tokenizer(folder):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([c for cs in CAPTIONS.values() for c in cs], vocab_size=300, show_progress=False)
-    bpe.save_model(str(folder))
-    vocab = json.loads((folder / "vocab.json").read_text())
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=SPECIAL_TOKENS[1:])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = 512
-    return tokenizer
+def pytest_generate_tests(metafunc):
+    """With the mark `families`, a test runs for each family of tests/families.py, or for those that the mark names: `base`, `vlm`,
+    `pipeline`, `student`, `train` and all that builds on them are then of that family. Without it they are of Z-Image."""
+    if "family" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("families")
+        names = (mark.args or tuple(FAMILIES)) if mark else ("z_image",)
+        ids = names if len(names) > 1 else [pytest.HIDDEN_PARAM]
+        metafunc.parametrize("family", names, indirect=True, ids=ids, scope="session")
 
 
-def text_config(tokenizer, hidden_size=HIDDEN, layers=3):
-    return {
-        "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
-        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    }  # fmt: skip
-
-
-def save_base(folder, tokenizer, axes_lens=(512, 64, 64), dim=64):
-    """A Z-Image: text encoder with rope_theta 1e4, VAE f4, images in multiples of 8 pixels."""
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e4}
-    transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=dim, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=HIDDEN,
-        axes_dims=[dim // 2 - 24, 12, 12], axes_lens=list(axes_lens),
-    )  # fmt: skip
-    for name, parameter in transformer.named_parameters():
-        if name.endswith("pad_token"):
-            torch.nn.init.normal_(parameter)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
-        block_out_channels=[8, 16, 16], norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-    ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=Qwen3Model(Qwen3Config(**text_config(tokenizer), rope_parameters=rope)),
-        tokenizer=tokenizer,
-        transformer=transformer,
-    ).save_pretrained(folder)
-
-
-def save_vlm(folder, tokenizer, hidden_size=HIDDEN, layers=3):
-    """A Qwen3-VL with language weights and a rope_theta of its own, 8-pixel patches merged two by two."""
-    torch.manual_seed(1)
-    token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": hidden_size,
-        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    config = Qwen3VLConfig(
-        text_config={**text_config(tokenizer, hidden_size, layers), "rope_parameters": rope}, vision_config=vision,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-    )  # fmt: skip
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
-    Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size).save_pretrained(folder)
+@pytest.fixture(scope="session")
+def family(request):
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -148,24 +58,31 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    save_base(folder, tokenizer)
+def built(tmp_path_factory):
+    """Folder of what a function writes for some arguments; written once."""
+
+    @functools.cache
+    def folder(write, *args, **kwargs):
+        path = tmp_path_factory.mktemp(write.__name__)
+        write(path, *args, **kwargs)
+        return path
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def vlm(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("vlm")
-    save_vlm(folder, tokenizer)
-    return folder
+def base(family, built, tokenizer):
+    return built(family.save, tokenizer)
 
 
 @pytest.fixture(scope="session")
-def wide_vlm(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("wide_vlm")
-    save_vlm(folder, tokenizer, hidden_size=128)
-    return folder
+def vlm(family, built, tokenizer):
+    return built(save_vlm, tokenizer, layers=family.text_layers)
+
+
+@pytest.fixture(scope="session")
+def wide_vlm(built, tokenizer):
+    return built(save_vlm, tokenizer, hidden_size=128)
 
 
 def draw(shape, fill, size=(40, 40)):
@@ -199,11 +116,16 @@ def fresh_accelerate():
 
 
 @pytest.fixture(scope="session")
-def flags(base, vlm, images, tmp_path_factory):
+def contexts(tmp_path_factory):
+    return tmp_path_factory.mktemp("contexts")
+
+
+@pytest.fixture(scope="session")
+def flags(base, vlm, images, contexts):
     """Command line of a short run; later flags win. Contexts are shared by all runs."""
     defaults = {
         "pretrained_model_name_or_path": base, "vlm_model_name_or_path": vlm, "instance_data_dir": images,
-        "context_cache_dir": tmp_path_factory.mktemp("contexts"), "resolution": 32, "rank": 4, "rollout_steps": 2,
+        "context_cache_dir": contexts, "resolution": 32, "rank": 4, "rollout_steps": 2,
         "max_train_steps": 2, "learning_rate": 1e-2, "ema_decay": 0.9, "validation_steps": 0, "report_to": "none",
         "mixed_precision": "no", "prior_prompts": "none",
     }  # fmt: skip
@@ -250,6 +172,13 @@ def train_full(flags):
 def train_any(request, train, train_full):
     """Each training script in turn."""
     return train if request.param == "lora" else train_full
+
+
+@pytest.fixture
+def uncompiled():
+    """torchao's optimiser as it is, without the minutes in which it is compiled for each shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 SITECUSTOMIZE = """
@@ -301,16 +230,26 @@ def run_two_processes(command, environment):
 
 
 @pytest.fixture
-def pipeline(base):
-    return DOPSDZImagePipeline.from_pretrained(base)
+def pipeline(family, base):
+    pipeline = family.pipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def stock(family, pipeline):
+    """The pipeline of diffusers with the parts of `pipeline`."""
+    config = {n: v for n, v in pipeline.config.items() if n in inspect.signature(family.stock).parameters and n not in pipeline.components}
+    stock = family.stock(**pipeline.components, **config)
+    stock.set_progress_bar_config(disable=True)
+    return stock
 
 
 @pytest.fixture
 def encoder(vlm, pipeline):
     """The teacher's encoder, with the text encoder of `pipeline`."""
-    encoder = MultimodalEncoder(str(vlm))
-    encoder.transplant(pipeline.text_encoder)
-    return encoder
+    pipeline.load_multimodal_encoder(str(vlm))
+    return pipeline.multimodal_encoder
 
 
 @pytest.fixture
@@ -330,10 +269,14 @@ def student(pipeline, flags, tmp_path):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
 
     def batch(size=2, height=32, width=32, seed=0):
-        """Contexts on both sides of the transformer's padding to 32 tokens; teacher and student contexts differ."""
+        """Contexts of unequal lengths, if the family has such, on both sides of Z-Image's padding to 32 tokens; those of teacher and
+        student differ."""
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(size, 4, height // 4, width // 4, generator=generator)
-        draw = lambda tokens: {"prompt_embeds": torch.randn(tokens, HIDDEN, generator=generator)}  # noqa: E731
+        noise = torch.cat([pipeline.initial_noise(height, width, generator) for _ in range(size)])
+        shape = functools.partial(
+            pipeline.context_shape, transformer_config=pipeline.transformer.config, pipeline_config={"max_sequence_length": 48}
+        )
+        draw = lambda tokens: {"prompt_embeds": torch.randn(shape(tokens), generator=generator)}  # noqa: E731
         contexts = [[draw(n + i * 17) for i in range(size)] for n in (20, 30)]
         return noise, *contexts
 

@@ -11,7 +11,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import train_dopsd_lora as script
-from conftest import HIDDEN, ROOT, guarded_environment, save_base, save_images
+from conftest import ROOT, guarded_environment, save_images
+from families import HIDDEN, save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -159,9 +160,9 @@ def test_context_longer_than_the_position_table(refused, folder):
 
 def test_image_too_large_for_the_position_table(refused, tokenizer, tmp_path):
     """With a short table, the image alone is too long; a lower --teacher_max_pixels cures it, as the error says."""
-    save_base(tmp_path / "short", tokenizer, axes_lens=(130, 64, 64))
+    save_z_image(tmp_path / "short", tokenizer, axes_lens=(66, 64, 64))
     changes = {"pretrained_model_name_or_path": tmp_path / "short", "resolution": 128}
-    refused("at most 128", "--teacher_max_pixels", **changes)
+    refused("at most 64", "--teacher_max_pixels", **changes)
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         refused(**changes, teacher_max_pixels=32 * 32)
 

@@ -1,6 +1,7 @@
 """The student's and the teacher's contexts."""
 
 import copy
+import functools
 import json
 import shutil
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
 import train_dopsd_lora as script
-from conftest import CAPTIONS, CHAT_TEMPLATE, draw
+from conftest import draw
+from families import CAPTIONS, CHAT_TEMPLATE
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
 
@@ -28,14 +30,15 @@ def test_student_contexts_are_the_stock_pipelines(pipeline):
         assert torch.equal(ours["prompt_embeds"], theirs)
 
 
-def test_contexts_carry_no_graph(vlm, pipeline):
+@pytest.mark.families()
+def test_contexts_carry_no_graph(pipeline, encoder):
     """The activations of a 4 B text encoder, kept for a backward that never comes, do not fit beside it."""
-    pipeline.load_multimodal_encoder(str(vlm))
     assert not pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"].requires_grad
     (teacher,) = pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red")])
     assert not teacher["prompt_embeds"].requires_grad
 
 
+@pytest.mark.families()
 def test_prompts_of_the_caller_are_left_alone(pipeline):
     """The stock encode_prompt writes the chat template into the list: used again, a prompt would get it twice."""
     prompts = list(PROMPTS)
@@ -43,6 +46,13 @@ def test_prompts_of_the_caller_are_left_alone(pipeline):
     assert prompts == PROMPTS
     pipeline(prompts, height=32, width=32, num_inference_steps=1, output_type="latent")
     assert prompts == PROMPTS
+
+
+@pytest.mark.families()
+def test_teacher_without_an_image_is_the_student(pipeline, encoder):
+    """Chat, layers, positions and padding of the teacher's contexts must be those that the transformer knows."""
+    for ours, theirs in zip(pipeline.encode_teacher(PROMPTS, []), pipeline.encode_student(PROMPTS), strict=True):
+        torch.testing.assert_close(ours["prompt_embeds"], theirs["prompt_embeds"], rtol=1e-3, atol=1e-4)
 
 
 def test_text_only_states_of_vlm_equal_text_encoders(pipeline, encoder):
@@ -125,16 +135,16 @@ def test_language_model_is_held_once(pipeline, encoder):
     assert all(p.data_ptr() in shared for p in parameters)
 
 
-def test_teacher_context_sees_the_image(vlm, pipeline):
+@pytest.mark.families()
+def test_teacher_context_sees_the_image(pipeline, encoder):
     """A teacher whose context does not depend on the image has nothing to teach."""
-    pipeline.load_multimodal_encoder(str(vlm))
     red, blue = draw("rectangle", "red", (32, 32)), draw("rectangle", "blue", (32, 32))
     seen_red, seen_blue, other = (
         c["prompt_embeds"] for c in pipeline.encode_teacher([PROMPTS[0]] * 2 + ["a blue disc"], [red, blue, red])
     )
     student = pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"]
     # 32 x 32 pixels are 4 x 4 patches, 2 x 2 tokens, between <|vision_start|> and <|vision_end|>
-    assert seen_red.shape == (len(student) + 4 + 2, 64)
+    assert seen_red.shape == pipeline.context_shape(len(student) + 4 + 2, pipeline.transformer.config, {})
     assert (seen_red - seen_blue).abs().max() > 1e-3
     assert other.shape != seen_red.shape or not torch.equal(other, seen_red)
 
@@ -149,28 +159,30 @@ def test_teacher_context_is_the_last_but_one_layer(vlm, pipeline):
     assert torch.equal(context["prompt_embeds"], states[2])
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("max_pixels", [32 * 32, 768 * 768])
 @pytest.mark.parametrize("size", [(32, 32), (48, 24), (160, 160)])
 def test_context_length_is_known_without_weights(vlm, pipeline, size, max_pixels):
-    """A context that is too long for the position table would only fail after hours of encoding."""
-    encoder = MultimodalEncoder(str(vlm), max_pixels)
+    """A context that is too long for the transformer would only fail after hours of encoding."""
+    ending = pipeline.chat_ending(pipeline.tokenizer)
+    encoder = pipeline.make_encoder(str(vlm), max_pixels, pipeline.text_encoder.config, pipeline.tokenizer)
     width, height = size
-    expected = encoder.context_length(PROMPTS[1], height, width)
+    expected = encoder.context_length(PROMPTS[1], height, width, ending)
     encoder.transplant(pipeline.text_encoder)
     image = draw("ellipse", "blue", size)
-    assert len(encoder.hidden_states(PROMPTS[1:2], [image])[0][-2]) == expected
+    assert len(encoder.hidden_states(PROMPTS[1:2], [image], ending)[0][-2]) == expected
 
 
-def test_contexts_of_a_batch_are_those_of_its_images_alone(vlm, pipeline):
+@pytest.mark.families()
+def test_contexts_of_a_batch_are_those_of_its_images_alone(pipeline, encoder):
     """Encoded together, images of other sizes and prompts of other lengths must not leak into each other's contexts."""
-    pipeline.load_multimodal_encoder(str(vlm))
     prompts = [PROMPTS[0], "a blue disc on a very long wooden table beside a window"]
     images = [draw("rectangle", "red", (32, 32)), draw("ellipse", "blue", (48, 96))]
     together = pipeline.encode_teacher(prompts, images)
     for context, prompt, image in zip(together, prompts, images, strict=True):
         (alone,) = pipeline.encode_teacher([prompt], [image])
         torch.testing.assert_close(context["prompt_embeds"], alone["prompt_embeds"], rtol=1e-3, atol=1e-4)
-    assert len(together[0]["prompt_embeds"]) != len(together[1]["prompt_embeds"])
+    assert not torch.equal(together[0]["prompt_embeds"], together[1]["prompt_embeds"])
 
 
 def test_smaller_max_pixels_shorten_the_context(vlm):
@@ -208,15 +220,20 @@ def test_damaged_contexts_are_encoded_anew(train, tmp_path, monkeypatch, caplog,
     assert path.read_bytes() == content
 
 
+@pytest.mark.families()
 def test_prompts_that_the_stock_pipeline_cuts_off(pipeline):
-    """The length that is refused must be the first at which the end of a prompt no longer counts."""
-    family, tokenizer = type(pipeline), pipeline.tokenizer
-    longest = family.max_prompt_length(pipeline.config)
-    prompt = next("so " * n for n in range(1, longest) if family.prompt_length(tokenizer, "so " * (n + 1)) > longest)
-    tokens = [len(pipeline.encode_student([prompt + more])[0]["prompt_embeds"]) for more in ("", "so " * 9)]
-    assert tokens == [family.prompt_length(tokenizer, prompt), longest] and tokens[0] <= longest
+    """The length that is refused must be the first at which the end of a prompt, with its chat, no longer counts."""
+    longest = pipeline.max_prompt_length(pipeline.config)
+    length_of = functools.partial(pipeline.prompt_length, pipeline.tokenizer)
+    count = longest - length_of("")
+    assert length_of("z" * count) == longest and length_of("z" * (count + 1)) == longest + 1
+    for letters, counts in ((count, True), (count + 40, False)):  # fewer tokens end a chat
+        z, q = (pipeline.encode_student(["z" * (letters - 1) + last])[0]["prompt_embeds"] for last in "zq")
+        assert len(z) == pipeline.context_shape(longest, pipeline.transformer.config, {})[0]
+        assert torch.equal(z, q) != counts
 
 
+@pytest.mark.families()
 def test_text_encoder_is_not_changed_by_the_transplant(vlm, pipeline):
     """The student's contexts must stay those of the base model."""
     before = copy.deepcopy(pipeline.text_encoder.state_dict())

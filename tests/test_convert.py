@@ -3,11 +3,12 @@
 import json
 import math
 import os
+import re
 import sys
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from conftest import LORA, ROOT
@@ -19,16 +20,16 @@ import convert_lora  # noqa: E402
 
 
 RANK, ALPHA = 4, 6.0
-NAMES = ["layers.0.attention.to_q", "layers.1.feed_forward.w2", "noise_refiner.0.attention.to_out.0"]
 
 
-@pytest.fixture(scope="module")
-def layers(base):
-    """Layer -> (A, B) with the shapes of the tiny transformer."""
+@pytest.fixture
+def layers(family, base):
+    """Layer -> (A, B) with the shapes of the tiny transformer, for every kind of layer that the LoRA has."""
     generator = torch.Generator().manual_seed(0)
     shapes = convert_lora.linear_shapes(convert_lora.family_of(base), base)
+    names = {next(name for name in shapes if name.endswith(f".{kind}")) for kind in family.pipeline.lora_layers}
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return {n: (random(RANK, shapes[n][1]), random(shapes[n][0], RANK)) for n in NAMES}
+    return {n: (random(RANK, shapes[n][1]), random(shapes[n][0], RANK)) for n in sorted(names)}
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def peft_keys(layers, prefix="base_model.model.", adapter=""):
 
 def assert_strength(base, folder, layers, scale):
     """What diffusers' loader adds to the weights is scale * B A."""
-    pipeline = ZImagePipeline.from_pretrained(base)
+    pipeline = DiffusionPipeline.from_pretrained(base)
     before = {n: pipeline.transformer.get_submodule(n).weight.detach().clone() for n in layers}
     pipeline.load_lora_weights(folder)
     pipeline.fuse_lora()
@@ -62,6 +63,7 @@ def assert_strength(base, folder, layers, scale):
         torch.testing.assert_close(change, scale * b @ a, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize(
     ("prefix", "adapter", "config", "flags", "scale"),
     [
@@ -76,6 +78,7 @@ def test_peft_keys(base, layers, convert, prefix, adapter, config, flags, scale)
     assert_strength(base, folder, layers, scale)
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("alpha", [None, ALPHA])
 def test_kohya_keys(base, layers, convert, alpha):
     """The most common form; without an alpha its strength is 1."""
@@ -112,7 +115,7 @@ def test_half_precision_loses_no_strength(base, layers, convert):
     ("change", "words"),
     [
         (lambda t: {**t, "text_encoder.layers.0.weight": torch.zeros(1)}, "text_encoder.layers.0.weight is not understood"),
-        (lambda t: {n.replace("layers.0", "layers.9"): x for n, x in t.items()}, "layers.9.attention.to_q"),
+        (lambda t: {re.sub(r"\.0\.", ".9.", n, count=1): x for n, x in t.items()}, ".9.attention.to_k"),
         (lambda t: {n: x for n, x in t.items() if "lora_B" not in n}, "has only A"),
         (lambda t: {n: (x[:, :8] if "lora_A" in n else x) for n, x in t.items()}, "the base's layer is"),
         (lambda t: {**t, **{n.replace(".weight", ".teacher.weight"): x.clone() for n, x in t.items()}}, "several adapters"),

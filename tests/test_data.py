@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dopsd_lora as script
-from conftest import CAPTIONS, draw, patch_velocity, save_images
+from conftest import draw, patch_velocity, save_images
+from families import CAPTIONS
 from pipeline_dopsd import DOPSDZImagePipeline
 from train_dopsd_lora import load_image, read_dataset
 
@@ -280,7 +281,7 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
     def path():
         args = script.parse_args(flags(tmp_path / "out", **models))
         script.resolve_arguments(DOPSDZImagePipeline, args)
-        return script.ContextCache(args).path(row, row, "x")
+        return script.ContextCache(DOPSDZImagePipeline, args).path(row, row, "x")
 
     before = path()
     assert path() == before

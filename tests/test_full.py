@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from safetensors.torch import load_file
 
 import train_dopsd_full as script
-from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes, save_base
+from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes
+from families import save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -156,7 +157,7 @@ def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch, subprocess_e
 
 def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subprocess_env):
     """bitsandbytes' crashes at the first update, after hours of encoding; torchao's trains and resumes exactly."""
-    save_base(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
+    save_z_image(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
     changes = {"optimizer": "adamw8bit", "rollout_steps": 1, "pretrained_model_name_or_path": tmp_path / "base"}
     environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml"), "TORCHDYNAMO_DISABLE": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
@@ -179,13 +180,6 @@ MODES = {
     "fused": (["--fused_backward_pass"], {"max_grad_norm": 0}),
     "frozen": ([], {"ema_decay": 1.0}),
 }
-
-
-@pytest.fixture
-def uncompiled():
-    """torchao's optimiser as it is, without the minutes in which it is compiled for each shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.mark.parametrize("mode", MODES)

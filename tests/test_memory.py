@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 import train_dopsd_full as full
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, draw, patch_velocity, save_base
+from conftest import LORA, ROOT, draw, patch_velocity
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -89,6 +89,25 @@ def test_estimate_is_what_torch_allocates(changes):
     assert estimate["lora"] == 4 * trained * 3 + states
 
 
+@pytest.mark.families()
+@pytest.mark.parametrize("switches", [[], ["--gradient_checkpointing"]], ids=["plain", "checkpointing"])
+def test_estimate_is_what_torch_allocates_of_every_family(pipeline, student, flags, tmp_path, switches):
+    """Above, one family at length; here, that nothing which another one computes is left out."""
+    args = script.parse_args(flags(tmp_path, *switches, rollout_steps=1, rank=4))
+    script.save_memory_and_time(student.transformer, args)
+    noise, *contexts = batch = student.batch(1, 256, 256)
+    work = functools.partial(student.backward, batch, 1)
+    work()
+    measured = step_cost.peak_bytes(work, torch.device("cpu"))
+    with torch.device("meta"):
+        transformer = pipeline.transformer_class.from_config(pipeline.transformer.config).requires_grad_(False)
+    planned = memory.pipeline_of(type(pipeline), transformer)
+    planned.vae_scale_factor = pipeline.vae_scale_factor
+    on_meta = noise.to("meta"), *([{n: t.to("meta") for n, t in c.items()} for c in several] for several in contexts)
+    estimate = memory.lora_bytes(planned, on_meta, args)
+    assert estimate["activations"] + 4 * sum(p.numel() for p in student.parameters) == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -138,6 +157,7 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
     assert estimate["activations"] + estimate["gradients"] == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_share_of_checkpointed_blocks(student, flags, tmp_path, share):
     """Memory that is left is spent on speed; the gradient stays the same."""
@@ -145,17 +165,18 @@ def test_share_of_checkpointed_blocks(student, flags, tmp_path, share):
     _, expected = student.backward(batch)
     args = script.parse_args(flags(tmp_path, "--gradient_checkpointing", checkpointed_blocks=share))
     script.save_memory_and_time(student.transformer, args)
-    ran, blocks = [], [m for m in student.transformer.modules() if type(m).__name__ == "ZImageTransformerBlock"]
+    ran, blocks = [], script.repeated_blocks(student.transformer)
     for block in blocks:
         block.register_forward_pre_hook(lambda *_, block=block: ran.append(block))
     _, gradient = student.backward(batch, rollout_steps=4)
     torch.testing.assert_close(gradient, expected)
     # teacher and student once for each of 4 states, and again in the backward of what is recomputed
-    assert len(ran) == 4 * (2 * len(blocks) + round(share * len(blocks)))
+    assert len(ran) == 4 * (2 * len(blocks) + math.ceil(share * len(blocks)))
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_quantised_base_trains_a_lora_in_fp32(train, base, tmp_path, monkeypatch, kind):
+def test_quantised_base_trains_a_lora_in_fp32(family, train, base, tmp_path, monkeypatch, kind):
     """On a base of 8 bits the LoRA must learn, stay in fp32 and load on the base as it was."""
     from torchao.utils import TorchAOBaseTensor
 
@@ -163,30 +184,27 @@ def test_quantised_base_trains_a_lora_in_fp32(train, base, tmp_path, monkeypatch
 
     def recorded(*args):
         pipeline = loaded(*args)
-        seen.append(type(pipeline.transformer.layers[0].attention.to_q.weight))
+        seen.append(type(pipeline.transformer.get_submodule(family.pipeline.lora_targets(pipeline.transformer)[0]).weight))
         return pipeline
 
     monkeypatch.setattr(script, "load_for_training", recorded)
-    train(
-        tmp_path / "out", "--gradient_checkpointing", quantization=kind, mixed_precision="bf16", max_train_steps=2,
-        context_cache_dir=tmp_path / "cache",
-    )  # fmt: skip
+    train(tmp_path / "out", "--gradient_checkpointing", quantization=kind, mixed_precision="bf16", max_train_steps=2)
     assert issubclass(seen[0], TorchAOBaseTensor)
     weights = load_file(tmp_path / "out" / LORA)
     assert all(w.dtype == torch.float32 for w in weights.values())
     assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     pipe.load_lora_weights(tmp_path / "out")
-    assert pipe("a red square", num_inference_steps=1, guidance_scale=0.0, height=32, width=32).images
+    assert pipe(prompt="a red square", num_inference_steps=1, guidance_scale=family.guidance_scale, height=32, width=32).images
 
 
+@pytest.mark.families()
 def test_offloaded_blocks_train_the_same_lora(train, tmp_path, monkeypatch):
     """Weights that come and go must be there for the forward, the recomputation and the backward, and leave after each."""
     loaded, script_of = [], script.load_for_training
     monkeypatch.setattr(script, "load_for_training", lambda *a: loaded.append(script_of(*a)) or loaded[-1])
-    run = functools.partial(train, max_train_steps=2, context_cache_dir=tmp_path / "cache")
-    run(tmp_path / "here", "--gradient_checkpointing")
-    run(tmp_path / "away", "--gradient_checkpointing", offloaded_blocks=0.5)
+    train(tmp_path / "here", "--gradient_checkpointing", max_train_steps=2)
+    train(tmp_path / "away", "--gradient_checkpointing", max_train_steps=2, offloaded_blocks=0.5)
     here, away = (load_file(tmp_path / name / LORA) for name in ("here", "away"))
     assert here.keys() == away.keys() and all(torch.equal(here[name], away[name]) for name in here)
     blocks = script.repeated_blocks(loaded[-1].transformer)
@@ -210,6 +228,7 @@ def nf4_anywhere(monkeypatch, nf4_of_small_layers):
         monkeypatch.setattr(script, "check_packages", lambda args: None)
 
 
+@pytest.mark.families()
 def test_nf4_base_trains_a_lora(train, nf4_anywhere, tmp_path):
     """The setting for 12 GB."""
     train(tmp_path / "out", "--gradient_checkpointing", quantization="nf4", mixed_precision="bf16", max_train_steps=2)
@@ -218,21 +237,23 @@ def test_nf4_base_trains_a_lora(train, nf4_anywhere, tmp_path):
     assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_quantised_encoders_give_nearly_the_same_contexts(base, vlm, nf4_of_small_layers, kind):
+def test_quantised_encoders_give_nearly_the_same_contexts(family, base, vlm, nf4_of_small_layers, kind):
     """Where the encoder alone fills the card; the VLM must read with the quantised layers, too, not hold its own."""
     contexts = []
     for quantization in (None, kind):
-        pipeline = DOPSDZImagePipeline.from_pretrained(
+        pipeline = family.pipeline.from_pretrained(
             base, dtype=torch.bfloat16, quantization_config=script.quantization_config("text_encoder", quantization, transformers)
         )
         pipeline.load_multimodal_encoder(str(vlm))
         contexts.append(pipeline.encode_student(["a red square"]) + pipeline.encode_teacher(["a red square"], [draw("ellipse", "red")]))
     layer = pipeline.multimodal_encoder.model.language_model.layers[0].mlp.up_proj
-    assert layer is pipeline.text_encoder.base_model.layers[0].mlp.up_proj
+    assert type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter
+    assert any(layer is own for own in pipeline.text_encoder.modules())
     for exact, coarse in zip(*contexts):
         exact, coarse = exact["prompt_embeds"].float(), coarse["prompt_embeds"].float()
-        assert 0 < (exact - coarse).norm() < 0.25 * exact.norm()
+        assert 0 < (exact - coarse).norm() < 0.5 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -358,7 +379,7 @@ def test_resolution_changes_the_figures(monkeypatch, capsys, small_recipe):
     ("model", "flags", "more"),
     [("z_image_turbo", "--resolution 512 --teacher_max_pixels 65536", "--resolution 768"), ("z_image_turbo", "", "--teacher_max_pixels 1000000"),
      ("z_image_turbo", "", "--train_batch_size 2"), ("flux2_klein_4b", "", "--teacher_context edit"),
-     ("flux2_klein_4b", "--teacher_context edit", "--reference_column reference")],
+     ("flux2_klein_4b", "--teacher_context edit", "--reference_column reference"), ("krea_2_turbo", "", "--teacher_max_pixels 1000000")],
 )  # fmt: skip
 def test_flags_that_need_more_change_the_batch(tmp_path, model, flags, more):
     """A flag that is taken and not counted gives the figure of another run."""
@@ -406,7 +427,7 @@ def test_out_of_memory_names_flags_that_help(train_any, tmp_path, monkeypatch):
     assert str(caught.value).count(", ") == 2
 
 
-def test_student_and_teacher_share_one_compiled_block(train, tmp_path, monkeypatch):
+def test_student_and_teacher_share_one_compiled_block(train, images, tmp_path, monkeypatch):
     """A compilation whenever the teacher's weights come in place would make every step take a minute."""
     compiled = DOPSDZImagePipeline.transformer_class.compile_repeated_blocks
     monkeypatch.setattr(
@@ -424,7 +445,10 @@ def test_student_and_teacher_share_one_compiled_block(train, tmp_path, monkeypat
         return result
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, counted)
-    train(tmp_path / "out", "--compile_blocks", max_train_steps=3, rollout_steps=2, states_per_rollout=2, validation_steps=0)
+    # each length is compiled once: without the long caption, all contexts are padded to one
+    shutil.copytree(images, tmp_path / "images", ignore=shutil.ignore_patterns("a.*"))
+    changes = {"instance_data_dir": tmp_path / "images", "rollout_steps": 2, "states_per_rollout": 2}
+    train(tmp_path / "out", "--compile_blocks", max_train_steps=3, **changes)
     assert 0 < graphs[1] == graphs[-1]  # all that is compiled is compiled in the first state
 
 
@@ -444,7 +468,7 @@ def test_recipes_fit_their_cards(path, tmp_path):
     name = path.stem.rsplit("_", 1)[0]
     assert args.pretrained_model_name_or_path.endswith(memory.MODELS[name][0])
     card = int(path.stem.rsplit("_", 1)[1].removesuffix("gb"))
-    if name == "flux2_klein_9b":  # the others leave gigabytes
+    if name in ("flux2_klein_9b", "krea_2_turbo"):  # the others leave gigabytes
         resolved = memory.recipe_args(path)
         assert memory.fits(sum(memory.lora_bytes(*memory.planned(name, resolved), resolved).values()), card)
     assert memory.fits(memory.encoder_bytes(memory.MODELS[name][3], args.encoder_quantization), card)
@@ -474,13 +498,12 @@ def test_recipe_without_arguments_says_how_to_use_it(path):
     assert run.stderr.startswith(f"usage: sh {path} ") and run.stderr.count("\n") == 1
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("script_of", [script, full], ids=["lora", "full"])
-def test_command_needs_no_weights(base, tokenizer, flags, tmp_path, script_of, monkeypatch, capsys):
+def test_command_needs_no_weights(base, flags, tmp_path, script_of, monkeypatch, capsys):
     """With configs alone the largest model is estimated on the smallest machine."""
     folder = tmp_path / "configs"
-    save_base(folder, tokenizer)
-    for file in folder.rglob("*.safetensors"):
-        file.unlink()
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     words = flags(tmp_path / "out", pretrained_model_name_or_path=folder, rank=4 if script_of is script else None)
     monkeypatch.setattr(memory, "TEXT_TOKENS", 20)
     memory.print_command(SimpleNamespace(gpu_gib=None), [f"{script_of.__name__}.py", *words])

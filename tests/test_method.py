@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import ZImagePipeline
 from torch.profiler import ProfilerActivity, profile
 
 import train_dopsd_lora as script
@@ -28,19 +27,19 @@ def visited(student, monkeypatch):
     return recorded
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("trained", ["all", "last"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 @pytest.mark.parametrize("steps", [4, 8])
-def test_rollout_is_the_stock_pipelines_trajectory(student, visited, steps, size, trained):
+def test_rollout_is_the_stock_pipelines_trajectory(family, student, stock, visited, steps, size, trained):
     """Trained on other states than inference visits, the LoRA would not be on-policy."""
     height, width = size
     prompt = "a red square"
     noise, _, teacher_contexts = student.batch(1, height, width)
-    stock, expected = ZImagePipeline(**student.pipeline.components), [noise]
-    stock.set_progress_bar_config(disable=True)
+    expected = [family.gives(student.pipeline, noise)]
     stock(
-        prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=0.0, latents=noise.clone(),
-        output_type="latent",
+        prompt=prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=family.guidance_scale,
+        latents=family.takes(student.pipeline, noise.clone()), output_type="latent",
         callback_on_step_end=lambda pipe, step, time, values: expected.append(values["latents"].clone()) or {},
     )  # fmt: skip
 
@@ -49,10 +48,11 @@ def test_rollout_is_the_stock_pipelines_trajectory(student, visited, steps, size
     student.backward((noise, student.pipeline.encode_student([prompt]), teacher_contexts), steps, drawn=drawn)
     assert len(visited.states) == steps and torch.equal(visited.states[0], noise)
     for ours, theirs in zip(visited.states, expected):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(family.gives(student.pipeline, ours), theirs, rtol=0, atol=1e-5)
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(expected, expected[1:]))
 
 
+@pytest.mark.families()
 def test_rollout_steps_as_the_scheduler_does(student, visited):
     """Bit for bit, so that the equation in the docstring is what inference computes."""
     latents, contexts, teacher_contexts = batch = student.batch(2)
@@ -90,6 +90,7 @@ def reference(student, batch, steps, weighting):
     return torch.stack(losses).detach(), [p.grad.clone() for p in student.parameters]
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("weighting", ["velocity", "x0"])
 def test_gradient_is_that_of_one_backward_through_all_states(student, weighting):
     """A backward per state must not change what is optimised, nor may the teacher's weights leak into it."""
@@ -102,10 +103,11 @@ def test_gradient_is_that_of_one_backward_through_all_states(student, weighting)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.families()
 def test_gradient_checkpointing_gives_the_same_gradient(student):
     """Recomputed activations must come from the student's weights, although the teacher's were in place in between."""
     calls = []
-    student.transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    script.repeated_blocks(student.transformer)[0].register_forward_pre_hook(lambda *_: calls.append(1))
     batch = student.batch(2)
     losses, expected = student.backward(batch)
     plain = len(calls)
@@ -117,6 +119,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(student):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.families()
 def test_student_learns_and_teacher_and_base_do_not(student):
     """A gradient that reaches the base or the teacher's shadow trains something that is not saved."""
     shadows = [s.clone() for s in student.teacher.shadow]
@@ -187,13 +190,14 @@ def test_accumulated_gradient_is_the_mean_of_micro_steps(student):
         torch.testing.assert_close(a, 2 * b)
 
 
+@pytest.mark.families()
 @pytest.mark.parametrize("weighting", ["velocity", "x0"])
 @pytest.mark.parametrize("drawn", [[[0, 1, 2, 3]] * 2, [[0, 2], [1, 3]], [[3], [1]]])
 def test_batch_of_two_equals_two_of_one(student, drawn, weighting):
     """Prompts of different lengths in a batch must not see each other's padding, nor images each other's time, weight or states."""
     noise, contexts, teacher_contexts = batch = student.batch(2)
     first, second = (len(c["prompt_embeds"]) for c in contexts)
-    assert first <= 32 < second  # padded to 32 and to 64 tokens
+    assert first == second or first <= 32 < second  # padded by the family itself, or to 32 and 64 tokens
     losses, gradient = student.backward(batch, drawn=drawn, loss_weighting=weighting)
     singles = [
         student.backward(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import train_dopsd_full
 import train_dopsd_lora as script
-from conftest import HIDDEN, LORA, ROOT, SECRET, WEIGHTS, guarded_environment
+from conftest import LORA, ROOT, SECRET, WEIGHTS, guarded_environment
+from families import HIDDEN
 from pipeline_dopsd import DOPSDZImagePipeline, family_of
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_dopsd_lora as script
-from conftest import ROOT, SPECIAL_TOKENS
+from conftest import ROOT
+from families import SPECIAL_TOKENS
 from pipeline_dopsd import DOPSDZImagePipeline
 
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dopsd_full as full  # noqa: E402
 import train_dopsd_lora as lora  # noqa: E402
-from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDZImagePipeline, family_of  # noqa: E402
+from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDKrea2Pipeline, DOPSDZImagePipeline, family_of  # noqa: E402
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -85,6 +85,7 @@ MODELS = {
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False},
         "Qwen3-VL-8B",
     ),
+    "krea_2_turbo": ("Krea-2-Turbo", DOPSDKrea2Pipeline, {}, "Qwen3-VL-4B"),
 }  # fmt: skip
 
 
@@ -277,8 +278,6 @@ def batch_of(pipeline, pipeline_config, args):
     longest, image_tokens = pipeline.max_context_length(config, pipeline_config), side**2 if args.teacher_context == "vlm" else 0
     if image_tokens >= longest:
         raise ValueError(f"An image has {image_tokens} tokens; the transformer takes contexts of {longest}. Lower --teacher_max_pixels.")
-    padded = isinstance(pipeline, DOPSDFlux2KleinPipeline)  # to one length
-    width = config.get("cap_feat_dim") or config["joint_attention_dim"]
 
     def latents(side):
         return pipeline.initial_noise(side, side, torch.Generator()).to("meta")
@@ -287,7 +286,8 @@ def batch_of(pipeline, pipeline_config, args):
     seen, row = latents(min(args.resolution, 1024)), [latents(1024)] if args.reference_column else []
     contexts = []
     for tokens, images in ((TEXT_TOKENS, row), (TEXT_TOKENS + image_tokens, row + [seen] * (args.teacher_context == "edit"))):
-        embeds = torch.empty(longest if padded else min(tokens, longest), width, dtype=lora.weight_dtype_of(args), device="meta")
+        shape = pipeline.context_shape(min(tokens, longest), config, pipeline_config)
+        embeds = torch.empty(shape, dtype=lora.weight_dtype_of(args), device="meta")
         context = {"prompt_embeds": embeds, **{f"reference_{i}": image[0] for i, image in enumerate(images)}}
         contexts.append(args.train_batch_size * [context])
     return torch.cat(args.train_batch_size * [latents(args.resolution)]), *contexts
