@@ -112,7 +112,6 @@ from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, va
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as serialize
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -650,7 +649,7 @@ def fingerprint(model_name_or_path, patterns, revision):
 
 
 class ContextCache:
-    """Student and teacher contexts, one memory-mapped safetensors file for each row, row shown to the teacher and caption.
+    """Contexts, one memory-mapped safetensors file each: the student's of each caption, the teacher's of each image and caption.
 
     The key changes whenever images, crops, caption, models or settings change.
     """
@@ -664,43 +663,56 @@ class ContextCache:
             patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
             self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
 
-    def path(self, row, shown, caption):
-        key = json.dumps([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    def paths(self, row, shown, caption):
+        """Files of the student's and of the teacher's context; they are one for a prior prompt."""
+        base, dtype, _, _, quantization, *_ = self.models
+        keys = [[base, dtype, quantization, row["reference_hashes"], caption]]
+        if shown["image_hash"]:
+            keys.append([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
+        paths = [self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.safetensors" for key in keys]
+        return paths[0], paths[-1]
 
     def read(self, row, shown, caption):
-        """(student context, teacher context); they are one for a prior prompt."""
-        tensors = load_file(self.path(row, shown, caption))
-        student, teacher = ({n[len(who) :]: t for n, t in tensors.items() if n.startswith(who)} for who in ("student.", "teacher."))
-        return student, teacher or student
+        """(student context, teacher context). Raises InputError that names a file which is not as it was written."""
+        contexts = {}
+        for path in set(paths := self.paths(row, shown, caption)):
+            with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # of any kind: the damage may be anywhere
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                contexts |= {path: tensors} if file.metadata()["xxh3_128"] == tensor_checksum(tensors) else {}
+            if path not in contexts:
+                raise InputError(f"The context {path} is damaged or cannot be read. Remove it and start anew, or from the last checkpoint "
+                                 "(--resume_from_checkpoint latest): it is then encoded anew.")  # fmt: skip
+        return tuple(contexts[path] for path in paths)
 
-    def write(self, row, shown, caption, student, teacher):
-        path = self.path(row, shown, caption)
+    def write(self, path, context):
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in (("student", student), ("teacher", teacher)) for n, t in c.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in context.items()}
         try:
             with blamed_on(f"--context_cache_dir {self.folder}"):
-                save_file(tensors, aside, {"sha256": tensor_checksum(tensors)})
+                save_file(tensors, aside, {"xxh3_128": tensor_checksum(tensors)})
                 apply_umask(aside)
                 os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)  # of a full disk
 
     def holds(self, path):
-        """Whether a context is there as it was written; a damaged file is named."""
+        """Whether a context of whole length is there; `read` looks at its content. A file that is cut off is named."""
         if not os.path.exists(path):
             return False
-        with contextlib.suppress(Exception):  # of any kind: the damage may be anywhere
-            with safe_open(path, "pt") as file:
-                if file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()}):
-                    return True
+        with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # which compares its header with its size
+            if "xxh3_128" in file.metadata():
+                return True
         logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
         return False
 
 
 def tensor_checksum(tensors):
     """Hash over names, dtypes, shapes and values."""
-    return hashlib.sha256(serialize(tensors)).hexdigest()
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sees_references(args):
@@ -813,13 +825,17 @@ def quantization_config(component, kind, library):
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, or damaged there, then frees the encoders."""
+    """Encodes the contexts of the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
-    # rows with the same images and caption share a file
-    pair_of = {cache.path(*rows_of(keys, index, args), caption): (index, caption) for index, caption in pairs}
-    mine = list(pair_of)[accelerator.process_index :: accelerator.num_processes]
+    # rows with the same images and caption share a file: file -> whether it is the teacher's, row index and caption
+    files = {}
+    for index, caption in pairs:
+        student, teacher = cache.paths(*rows_of(keys, index, args), caption)
+        files.setdefault(student, (False, index, caption))
+        files.setdefault(teacher, (True, index, caption))
+    mine = list(files)[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(mine, "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
-    missing = [pair_of[path] for path in bar if not cache.holds(path)]
+    missing = [(path, *files[path]) for path in bar if not cache.holds(path)]
     logger.info(f"Contexts: {len(missing)} of {len(mine)} to encode in each process.")
     if missing:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
@@ -830,7 +846,7 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    """Loads the encoders, encodes what is `missing` (file, whether it is the teacher's, row index, caption) and frees the encoders."""
     unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
     quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
@@ -841,27 +857,28 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     if args.teacher_context == "vlm":
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    # a prior prompt has no teacher, so it shares no batch with others
-    groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
+    groups = [one for one in missing if not one[1]], [one for one in missing if one[1]]  # of students and of teachers
     batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
-    for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
-        encode_batch(pipeline, args, cache, dataset, pairs)
+    for batch in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
+        encode_batch(pipeline, args, cache, dataset, batch)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
 
 
-def encode_batch(pipeline, args, cache, dataset, pairs):
-    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
-    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
+def encode_batch(pipeline, args, cache, dataset, batch):
+    """Encodes and stores a few contexts, all of the student or all of the teacher, in one forward of each encoder."""
+    paths, (teacher, *_), indices, captions = zip(*batch)
+    rows = [rows_of(dataset, index, args) for index in indices]
     references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-    if pairs[0][0] is not None:
+    if teacher:
         prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-        cache.write(*row, caption, student, teacher)
+        contexts = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    else:
+        contexts = pipeline.encode_student(captions, references)
+    for path, context in zip(paths, contexts, strict=True):
+        cache.write(path, context)
 
 
 # ------------------------------------------------------------------------------------------------------------- method

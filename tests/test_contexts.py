@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
 import train_dopsd_lora as script
-from conftest import CAPTIONS, CHAT_TEMPLATE, draw
+from conftest import CAPTIONS, CHAT_TEMPLATE, draw, save_images
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
 
@@ -190,22 +190,46 @@ def test_max_context_length_is_what_the_transformer_takes(pipeline):
             pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest + 1, 64)}])
 
 
-@pytest.mark.parametrize("damage", ["a bit", "half", "empty", "no checksum"])
-def test_damaged_contexts_are_encoded_anew(train, tmp_path, monkeypatch, caplog, damage):
-    """A bit that has flipped on the disk would be trained on for hours."""
+@pytest.mark.parametrize("damage", ["half", "empty", "no checksum"])
+def test_contexts_that_are_cut_off_are_encoded_anew(train, tmp_path, monkeypatch, caplog, damage):
+    """A full disk or a crash leaves such files; a run would end at them after hours."""
     monkeypatch.setattr(script, "ENCODING_BATCH", 1)  # in a batch, numbers would round otherwise
     cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 1}
     train(tmp_path / "first", context_cache_dir=cache, **small)
-    path = min(cache.iterdir())
+    path = min(cache.glob("*.safetensors"))
     content = path.read_bytes()
     if damage == "no checksum":
         save_file(load_file(path), path)
     else:
-        damaged = {"a bit": content[:-9] + bytes([content[-9] ^ 64]) + content[-8:], "half": content[: len(content) // 2], "empty": b""}
-        path.write_bytes(damaged[damage])
+        path.write_bytes({"half": content[: len(content) // 2], "empty": b""}[damage])
     train(tmp_path / "second", context_cache_dir=cache, **small)
     assert [str(path) in message for message in caplog.messages if "damaged" in message] == [True]
     assert path.read_bytes() == content
+
+
+def test_damaged_context_ends_the_run_when_it_is_used(train, tmp_path):
+    """A bit that has flipped on the disk would be trained on for hours; as told, the file is removed and the run goes on."""
+    cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 20, "checkpointing_steps": 1}
+    train(tmp_path / "first", context_cache_dir=cache, **{**small, "max_train_steps": 1})
+    path = max(cache.glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 64]) + content[-8:])
+    with pytest.raises(script.InputError, match=f"{path.name} is damaged .* Remove it .*--resume_from_checkpoint latest"):
+        train(tmp_path / "second", context_cache_dir=cache, **small)
+    path.unlink()
+    train(tmp_path / "second", context_cache_dir=cache, **small, resume_from_checkpoint="latest")
+    assert path.exists()
+
+
+def test_start_reads_no_contexts(train, tmp_path, monkeypatch):
+    """Those of 100,000 images are hundreds of gigabytes; a start looks at their headers."""
+    folder = save_images(tmp_path / "images")
+    common = {"instance_data_dir": folder, "instance_prompt": "x", "context_cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    train(tmp_path / "first", **common)
+    summed, checksum = [], script.tensor_checksum
+    monkeypatch.setattr(script, "tensor_checksum", lambda tensors: summed.append(1) or checksum(tensors))
+    train(tmp_path / "second", **common)
+    assert len(summed) <= 2 * 3  # the student's and the teacher's of one step, and of two more that may be read ahead
 
 
 def test_prompts_that_the_stock_pipeline_cuts_off(pipeline):

@@ -269,6 +269,20 @@ def test_equal_images_with_one_caption_are_encoded_once(train, tmp_path, encoded
     assert [caption for caption, _ in encoded] == ["a disc"]
 
 
+def test_students_context_is_encoded_and_stored_once_for_a_caption(train, tmp_path, encoded, monkeypatch):
+    """It depends on the caption alone; stored with each image, contexts would take half as much again on the disk."""
+    students, encode = [], DOPSDZImagePipeline.encode_student
+    monkeypatch.setattr(DOPSDZImagePipeline, "encode_student", lambda self, prompts, *o: students.extend(prompts) or encode(self, prompts, *o))
+    for path in (folder := save_images(tmp_path / "images")).glob("*.txt"):
+        path.unlink()
+    common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    train(tmp_path / "out", **common)
+    assert students == ["a disc"] and len(encoded) == 4
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1 + 4
+    train(tmp_path / "other", **common, teacher_max_pixels=16 * 16)  # another teacher
+    assert students == ["a disc"] and len(encoded) == 8
+
+
 @pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer"])
 def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part):
     """Contexts of other encoder weights would be taken for those of these."""
@@ -280,7 +294,7 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
     def path():
         args = script.parse_args(flags(tmp_path / "out", **models))
         script.resolve_arguments(DOPSDZImagePipeline, args)
-        return script.ContextCache(args).path(row, row, "x")
+        return script.ContextCache(args).paths(row, row, "x")[1]
 
     before = path()
     assert path() == before
@@ -352,7 +366,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", interrupted)
         train(tmp_path / "out", context_cache_dir=cache)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.iterdir())) == sum(map(len, CAPTIONS.values())) + 3  # all of the student's, three of the teacher's
     rest = []
     with monkeypatch.context() as patch:
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
@@ -429,9 +443,9 @@ def test_mirror_images_are_trained_on_with_contexts_of_their_own(train, tmp_path
     picture.save(folder / "a.png")
     common = {"instance_data_dir": folder, "instance_prompt": "x", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
     train(tmp_path / "one", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(seen) == len(list((tmp_path / "cache").iterdir())) - 1 == 1  # and the student's
     train(tmp_path / "two", "--random_flip", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 2  # the first is known
+    assert len(seen) == len(list((tmp_path / "cache").iterdir())) - 1 == 2  # the first is known
     assert np.array_equal(seen[0], seen[1][:, ::-1]) and not np.array_equal(seen[0], seen[1])
 
 
