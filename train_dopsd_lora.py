@@ -104,7 +104,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -132,7 +132,8 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 # memory that change no result
 MAY_CHANGE = {
     "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
-    "image_column", "caption_column", "reference_column", "instance_prompt", "prior_prompts", "context_cache_dir", "output_dir",
+    "image_column", "caption_column", "reference_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
+    "prior_prompts", "context_cache_dir", "output_dir",
     "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
     "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
@@ -229,6 +230,8 @@ def add_shared_arguments(parser):
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
     add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
+    add("--dataset_num_workers", type=COUNT, default=4, help="Processes that read and decode images ahead of training, if there are many.")
+    add("--skip_broken_images", action="store_true", help="Leave out images that cannot be read.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
@@ -363,26 +366,31 @@ def read_folder(folder, args):
     names = sorted({name for _, row in found for name in row})
     columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
     check_columns(columns, metadata[0] if metadata else folder, args)
-    rows, places = [], {}
+    rows, captions, places = [], [], {}
     for place, row in found:
         path = path_in(folder, row.get(columns[args.image_column]), place)
         if places.setdefault(path, place) != place:
             raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
         references = row.get(columns.get(args.reference_column)) or []
         references = [path_in(folder, name, place) for name in (references if isinstance(references, list) else [references])]
-        captions = captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt)
+        captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
         # the size and time of each file make the cache of `inspect_images` a cache of these very images
         stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
-        rows.append({"image": str(path), "captions": captions, "references": list(map(str, references)), "stamp": stamp})
+        rows.append({"image": str(path), "references": list(map(str, references)), "stamp": stamp})
     used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
         logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
-    image, text, number = ImageFeature(decode=False), Value("string"), Value("int64")
-    features = {"image": image, "captions": ListFeature(text), "references": ListFeature(image), "stamp": ListFeature(number)}
+    image = ImageFeature(decode=False)
+    features = {"image": image, "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
     # of a generator, because datasets caches on disk what it gave
-    dataset = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
-    return dataset.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"])
+    images = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
+    return with_captions(images.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"]), captions)
+
+
+def with_captions(images, captions):
+    """`images` and their `captions`, which leave the fingerprint as it is: `inspect_images` need not look at images again."""
+    return images.add_column("captions", captions, new_fingerprint=images._fingerprint)
 
 
 def read_texts(folder, files, texts, args):
@@ -490,7 +498,7 @@ def read_dataset(args):
     captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
     # columns are worked on apart, so that no image is copied into the cache
     images = dataset.select_columns(list(pictures)).rename_columns({old: new for old, new in pictures.items() if old != new})
-    return images.add_column("captions", captions)
+    return with_captions(images, captions)
 
 
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
@@ -511,9 +519,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
     Raises ValueError that names an image that cannot be read."""
-    name = (source or {}).get("path") or "An image of the dataset"
-    if not any((source or {}).values()):
-        raise ValueError(f"{name} is empty; remove its row.")
+    name = source["path"] or "An image of the dataset"
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]))
         if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
@@ -526,30 +532,68 @@ def load_image(source):
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from None
 
 
-def inspect_images(dataset, buckets):
+def inspect_image(source):
+    """Upright (width, height) of an undecoded image, and the hash of its content. Of JPEGs and PNGs that end as they should no
+    pixel is decoded. Raises ValueError for one that is no image, OSError for a file that cannot be read."""
+    if not any((source or {}).values()):
+        raise ValueError("An image of the dataset is empty; remove its row.")
+    try:
+        content, size = source["bytes"] or Path(source["path"]).read_bytes(), None
+    except OSError as error:
+        raise OSError(f"{source['path']} cannot be read ({error.strerror}); replace or remove it.") from None
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:  # `load_image` says what is wrong
+        # not PNG's own, which decodes in search of chunks behind the pixels
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        whole = image.format in ("JPEG", "MPO") and content.endswith(b"\xff\xd9")
+        if image.format == "PNG" and all(content.find(name, image.tile[0][2]) < 0 for name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
+            image.verify()
+            whole = True
+        size = (image.size[::-1] if orientation in (5, 6, 7, 8) else image.size) if whole else None
+    return list(size or load_image(source).size), hashlib.sha256(content).hexdigest()
+
+
+def inspect_images(dataset, buckets, args):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
-    image is decoded once; a later run on the same images reads the result from the cache of datasets."""
+    image is read once; a later run on the same images reads the result from the cache of datasets.
+
+    Raises:
+        ValueError: with the first ten of the images that cannot be read, unless --skip_broken_images leaves their rows out.
+    """
+    number, text = Value("int64"), Value("string")
+    features = {"bucket": ListFeature(number), "image_hash": text, "broken": text}
+    features |= {"reference_sizes": ListFeature(ListFeature(number)), "reference_hashes": ListFeature(text)}
 
     def inspect(row, index):
+        found, broken = [], ""
         with blamed_on(f"Row {index}"):
-            image, references = load_image(row["image"]), references_of(row)
-            sizes = [list(load_image(source).size) for source in references]
-        bucket, hashes = buckets[find_nearest_bucket(image.height, image.width, buckets)], list(map(hash_image, references))
-        return {"bucket": list(bucket), "image_hash": hash_image(row["image"]), "reference_sizes": sizes, "reference_hashes": hashes}
+            try:
+                found = [inspect_image(source) for source in [row["image"], *references_of(row)]]
+            except ValueError as error:
+                found, broken = [([1, 1], "")], f"Row {index}: {error}"
+        ((width, height), image_hash), *references = found
+        sizes, hashes = [size for size, _ in references], [value for _, value in references]
+        bucket = buckets[find_nearest_bucket(height, width, buckets)]
+        return {"bucket": list(bucket), "image_hash": image_hash, "reference_sizes": sizes, "reference_hashes": hashes, "broken": broken}
 
-    added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, desc="images")
-    return concatenate_datasets([dataset, added], axis=1)
+    workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
+    names = dataset.column_names
+    added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers or None, desc="images")
+    whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
+    dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
+    if len(whole) == len(dataset):
+        return dataset
+    broken = [error for error in added["broken"][:] if error]
+    told = f"{len(broken)} of {len(dataset)} images are broken. {' '.join(broken[:10])}{' ..' * (len(broken) > 10)}"
+    if not (args.skip_broken_images and whole):
+        raise ValueError(f"{told} --skip_broken_images leaves them out.")
+    logger.warning(f"Left out: {told}")
+    return dataset.select(whole)
 
 
 def with_mirrored(dataset):
     """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
     hashes = [value + MIRRORED for value in dataset["image_hash"][:]]
     return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
-
-
-def hash_image(source):
-    """Hash of the undecoded content of {"path", "bytes"}."""
-    return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
 
 
 def read_prior_prompts(args):
@@ -1695,7 +1739,7 @@ def check_inputs(args):
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
-    dataset = inspect_images(read_dataset(args), buckets)
+    dataset = inspect_images(read_dataset(args), buckets, args)
     dataset = with_mirrored(dataset) if args.random_flip else dataset
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)

@@ -1,6 +1,8 @@
 """Images, captions, buckets and the cache of contexts."""
 
 import gc
+import hashlib
+import io
 import json
 import shutil
 import weakref
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -322,15 +325,96 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet"}
     args = script.parse_args(flags(tmp_path / "out", **{"instance_data_dir": folder, **changes}))
     buckets = [(32, 32), (32, 64)]
-    first = script.inspect_images(read_dataset(args), buckets)
+    first = script.inspect_images(read_dataset(args), buckets, args)
     with monkeypatch.context() as patch:
         patch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was decoded again"))
-        again = script.inspect_images(read_dataset(args), buckets)
+        again = script.inspect_images(read_dataset(args), buckets, args)
         assert again["image_hash"] == first["image_hash"] and again["bucket"] == first["bucket"]
     if form == "folder":  # a changed file is read again
         draw("ellipse", "black").save(folder / "a.png")
-        changed = script.inspect_images(read_dataset(args), buckets)
+        changed = script.inspect_images(read_dataset(args), buckets, args)
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
+
+
+def image_bytes(form, orientation=None, **options):
+    """A picture that is 40 pixels wide and 24 high."""
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    picture.save(file, form, exif=exif, **options)
+    return file.getvalue()
+
+
+def exif_behind_pixels(content):
+    """The PNG `content` with its eXIf chunk behind its pixels, where it may stand, too."""
+    start, pixels = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+    assert start < pixels
+    return content[:start] + content[pixels:-12] + content[start:pixels] + content[-12:]
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "PNG exif last", "WEBP", "TIFF"])
+def test_sizes_from_headers_are_those_of_decoded_images(form, orientation):
+    """A portrait that is taken for a landscape loses its head and feet to the crop."""
+    content = image_bytes(form.split()[0], orientation)
+    if form == "PNG exif last" and orientation:
+        content = exif_behind_pixels(content)
+    source = {"path": None, "bytes": content}
+    size, image_hash = script.inspect_image(source)
+    assert tuple(size) == load_image(source).size == ((24, 40) if orientation in (6, 8) else (40, 24))
+    assert image_hash == hashlib.sha256(content).hexdigest()
+
+
+def test_no_pixel_of_a_photo_is_decoded_before_encoding(monkeypatch):
+    """100,000 photos of 12 megapixels would be decoded for half a day before anything happens."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *a: pytest.fail("decoded"))
+    for content in (image_bytes("JPEG", 6), image_bytes("JPEG", progressive=True), image_bytes("PNG"), image_bytes("PNG", 8)):
+        script.inspect_image({"path": None, "bytes": content})
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("damage", ["cut", "cut in the header", "another file"])
+def test_broken_images_are_found_before_encoding(form, damage):
+    """An image that was copied in part would end a run after hours of encoding."""
+    content = image_bytes(form)
+    damaged = {"cut": content[: len(content) // 2], "cut in the header": content[:20], "another file": b"<html>" + content}
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        script.inspect_image({"path": None, "bytes": damaged[damage]})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_images_are_named_together(flags, tmp_path, caplog, workers):
+    """Named one at a time, those of a large set would take as many starts; --skip_broken_images goes on without them."""
+    PartialState()  # which the log asks
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(210):  # enough for two processes
+        (folder / f"{number:03}.jpg").write_bytes(image_bytes("JPEG", quality=number % 90 + 5)[: 100 if number % 20 == 3 else None])
+    command = {"instance_data_dir": folder, "instance_prompt": "x", "dataset_num_workers": workers}
+
+    def inspect(*switches):
+        args = script.parse_args(flags(tmp_path / "out", *switches, **command))
+        return script.inspect_images(read_dataset(args), [(32, 32)], args)
+
+    with pytest.raises(ValueError, match="11 of 210 images are broken") as error:
+        inspect()
+    named = [f"{number:03}.jpg" for number in range(210) if f"{number:03}.jpg" in str(error.value)]
+    assert named == [f"{number:03}.jpg" for number in range(3, 200, 20)] and "--skip_broken_images" in str(error.value)
+    dataset = inspect("--skip_broken_images")
+    assert [Path(source["path"]).name for source in dataset["image"][:]] == [f"{n:03}.jpg" for n in range(210) if n % 20 != 3]
+    assert "Left out: 11 of 210 images" in caplog.text and "003.jpg" in caplog.text
+    assert dataset["image_hash"][0] == hashlib.sha256((folder / "000.jpg").read_bytes()).hexdigest() and all(dataset["image_hash"][:])
+
+
+def test_changed_captions_cause_no_new_inspection(flags, tmp_path, monkeypatch):
+    """Whoever mends a caption of 100,000 would wait for all images to be read again."""
+    folder = save_images(tmp_path / "images")
+    args = script.parse_args(flags(tmp_path / "out", instance_data_dir=folder))
+    script.inspect_images(read_dataset(args), [(32, 32)], args)
+    (folder / "b.txt").write_text("another caption")
+    monkeypatch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was read again"))
+    assert script.inspect_images(read_dataset(args), [(32, 32)], args)["captions"][1] == ["another caption"]
 
 
 def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
@@ -344,9 +428,10 @@ def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
     dataset = Dataset.from_dict({"picture": pictures, "text": ["a"] * 8}, features=features)
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
     changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet", "image_column": "picture"}
-    dataset = read_dataset(script.parse_args(flags(tmp_path / "out", **changes)))
+    args = script.parse_args(flags(tmp_path / "out", **changes))
+    dataset = read_dataset(args)
     before = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
-    dataset = script.inspect_images(dataset, [(32, 32)])
+    dataset = script.inspect_images(dataset, [(32, 32)], args)
     after = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
     assert before > 8 * 256 * 256 * 3 and after - before < 20_000
 
