@@ -577,7 +577,7 @@ def inspect_images(dataset, buckets, args):
 
     workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
     names = dataset.column_names
-    added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers or None, desc="images")
+    added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers if workers > 1 else None, desc="images")
     whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
     dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
     if len(whole) == len(dataset):
@@ -621,11 +621,17 @@ def rows_of(rows, index, args):
     return (NO_IMAGES, NO_IMAGES) if index is None else (rows[index], shown_row(rows, index, args))
 
 
+class Layouts(tuple):
+    """Of each row, its layout. Two are one only as one object: in each step, a hash over all rows would take long."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
 def layouts_of(dataset, args):
     """Of each row, what is the same in a batch: bucket, sizes of references and bucket of the image that the teacher sees."""
     buckets = list(map(tuple, dataset["bucket"][:]))  # a slice is read at once
     references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"][:]]
-    return tuple((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
+    return Layouts((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
 
 
 def training_image(row):
@@ -635,16 +641,16 @@ def training_image(row):
     return ImageOps.mirror(image) if row["image_hash"].endswith(MIRRORED) else image
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def epoch_order(layouts, batch_size, seed, epoch):
-    """Batches of row indices for one epoch, each of one layout; short batches are filled up from its start."""
-    rng = np.random.default_rng([seed, epoch])
-    batches = []
-    for layout in sorted(set(layouts)):
-        rows = rng.permutation([i for i, other in enumerate(layouts) if other == layout])
-        rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
-        batches += list(rows.reshape(-1, batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    """Row indices of the batches of one epoch (batches, batch_size), each of one layout; short ones are filled up from its start."""
+    rng, groups, batches = np.random.default_rng([seed, epoch]), {}, []
+    for row, layout in enumerate(layouts):
+        groups.setdefault(layout, []).append(row)
+    for _, rows in sorted(groups.items()):
+        batches.append(np.resize(rng.permutation(rows), (math.ceil(len(rows) / batch_size), batch_size)))
+    batches = np.concatenate(batches)
+    return batches[rng.permutation(len(batches))]
 
 
 def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
