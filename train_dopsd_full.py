@@ -38,6 +38,7 @@ the student that also sees the training image, predicts the velocity at the same
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -59,6 +60,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -635,7 +637,10 @@ def shown_row(rows, index, args):
 
 def rows_of(rows, index, args):
     """The row and the row whose image the teacher sees; a prior prompt, of index None, has no images."""
-    return (NO_IMAGES, NO_IMAGES) if index is None else (rows[index], shown_row(rows, index, args))
+    if index is None:
+        return NO_IMAGES, NO_IMAGES
+    row = rows[index]
+    return row, row if args.teacher_image == "target" else shown_row(rows, index, args)
 
 
 class Layouts(tuple):
@@ -1067,13 +1072,33 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
     `prior_prompts` if there are any."""
     noise, contexts = [], []
     for index, rng in draws:
-        bucket, captions = rows[index]["bucket"], prior_prompts or rows[index]["captions"]
+        pair = rows_of(rows, index, args)
+        bucket, captions = pair[0]["bucket"], prior_prompts or pair[0]["captions"]
         caption = captions[rng.integers(len(captions))]
-        pair = cache.read(*rows_of(rows, None if prior_prompts else index, args), caption)
-        contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
+        contexts.append(cache.read(*(rows_of(rows, None, args) if prior_prompts else pair), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
-    return torch.cat(noise).to(device), *map(list, zip(*contexts))
+    contexts = [[{name: to_device(tensor, device) for name, tensor in c.items()} for c in several] for several in zip(*contexts)]
+    return to_device(torch.cat(noise), device), *contexts
+
+
+def to_device(tensor, device):
+    """`tensor` on `device`; a GPU fetches it from pinned memory, while the processor goes on."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    with torch.cuda.device(device):  # a new thread would take the first GPU
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def read_ahead(make, numbers):
+    """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
+    with ThreadPoolExecutor(1) as reader:
+        made = collections.deque()
+        for number in numbers:
+            made.append(reader.submit(make, number))
+            if len(made) > 2:
+                yield made.popleft().result()
+        yield from (one.result() for one in made)
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -2062,6 +2087,15 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     processes = accelerator.process_index, accelerator.num_processes
     # FSDP gathers weights in every forward, too: all processes must make the same ones
     drawing = (0, 1) if accelerator.is_fsdp2 else processes
+
+    def batch_at(micro_step):
+        draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
+        prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
+        batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
+        return *batch, draw_states(args, micro_step, *drawing)
+
+    accumulation = args.gradient_accumulation_steps
+    batches = read_ahead(batch_at, range(first_step * accumulation, args.max_train_steps * accumulation))
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started, STOP.training = [], time.perf_counter(), True
@@ -2069,14 +2103,9 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         # what dropout drops and an update rounds is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
-            prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
-            batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            batch = *batch, draw_states(args, micro_step, *drawing)
-            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
-            synchronize = micro == args.gradient_accumulation_steps - 1
+        for micro in range(accumulation):
+            states = rollout(pipeline, transformer, teacher, next(batches), args, accelerator)
+            synchronize = micro == accumulation - 1
             table += backward_each_state(states, transformer, args, accelerator, synchronize)
         table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)

@@ -125,6 +125,24 @@ def test_language_model_is_held_once(pipeline, encoder):
     assert all(p.data_ptr() in shared for p in parameters)
 
 
+def test_language_model_of_the_vlm_is_never_loaded(vlm, pipeline, monkeypatch):
+    """Beside the text encoder's own it takes 15 GB of the host for the 8B models, to be thrown away."""
+    replaced, put = [], torch.nn.Module.set_submodule
+
+    def recorded(self, name, layer):
+        replaced.extend(parameter.device.type for parameter in self.get_submodule(name).parameters(recurse=False))
+        put(self, name, layer)
+
+    monkeypatch.setattr(torch.nn.Module, "set_submodule", recorded)
+    encoder = MultimodalEncoder(str(vlm))
+    encoder.transplant(pipeline.text_encoder)
+    assert set(replaced) == {"meta"} and len(replaced) == len(list(pipeline.text_encoder.parameters()))
+    assert {tensor.device.type for tensor in [*encoder.model.parameters(), *encoder.model.buffers()]} == {"cpu"}
+    whole = Qwen3VLModel.from_pretrained(vlm)
+    vision = encoder.model.visual.state_dict()
+    assert all(torch.equal(tensor, vision[name]) for name, tensor in whole.visual.state_dict().items())
+
+
 def test_teacher_context_sees_the_image(vlm, pipeline):
     """A teacher whose context does not depend on the image has nothing to teach."""
     pipeline.load_multimodal_encoder(str(vlm))

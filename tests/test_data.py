@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -467,7 +468,7 @@ def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):
         pytest.fail("an encoder was loaded")
 
     monkeypatch.setattr(DOPSDZImagePipeline, "load_multimodal_encoder", loaded)
-    monkeypatch.setattr("pipeline_dopsd.Qwen3VLModel.from_pretrained", loaded)
+    monkeypatch.setattr("pipeline_dopsd.VisionPart.from_pretrained", loaded)
     monkeypatch.setattr("transformers.Qwen3Model.from_pretrained", loaded)
     train(tmp_path / "second", validation_steps=5)
     with pytest.raises(pytest.fail.Exception, match="an encoder was loaded"):
@@ -548,3 +549,35 @@ def test_epochs_are_counted_in_optimisation_steps(flags, tmp_path):
     assert steps(num_train_epochs=2, gradient_accumulation_steps=3) == 3
     assert steps(num_train_epochs=3, train_batch_size=3) == 6  # a short batch is filled up
     assert steps("--random_flip", num_train_epochs=1) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------ read ahead
+def test_next_batches_are_read_while_the_device_computes():
+    """Contexts of 40 MB from a slow disk would be waited for in each step."""
+    read, asked = [], threading.Semaphore(0)
+
+    def make(number):
+        read.append(number)
+        asked.release()
+        return 10 * number
+
+    batches = script.read_ahead(make, range(6))
+    assert next(batches) == 0
+    for _ in range(3):  # the one that was taken, and two more, without being asked for
+        assert asked.acquire(timeout=30)
+    assert read == [0, 1, 2]
+    assert list(batches) == [10, 20, 30, 40, 50] and read == list(range(6))
+
+
+def test_what_goes_wrong_ahead_comes_up_in_its_step():
+    """A context that is damaged must not end the steps before it, nor vanish in a thread."""
+
+    def make(number):
+        if number == 2:
+            raise script.InputError("damaged")
+        return number
+
+    batches = script.read_ahead(make, range(6))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(script.InputError, match="damaged"):
+        next(batches)
