@@ -688,18 +688,31 @@ def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
-def fingerprint(model_name_or_path, patterns, revision):
-    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network."""
+def fingerprint(model_name_or_path, patterns, revision, noted):
+    """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched first; a warm
+    Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes are read once."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
-    files = {}
-    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            # in the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes
-            in_cache = path.is_symlink() and path.resolve().parent.name == "blobs"
-            content = path.resolve().name if in_cache else hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = content
+    files, known = {}, {}
+    with contextlib.suppress(OSError, ValueError):
+        known = {**json.loads(noted.read_text())}
+    before = len(known)
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
+        blob, stat = path.resolve(), path.stat()
+        stamp = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+        if blob.parent.name == "blobs" and len(blob.name) == 64:  # the Hub's cache names large files by this very hash
+            known[stamp] = blob.name
+        elif stamp not in known:
+            with path.open("rb") as file:
+                known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = known[stamp]
+    with contextlib.suppress(OSError):  # of a cache that may only be read
+        if len(known) > before:
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            aside = noted.with_suffix(f".{os.getpid()}.tmp")
+            aside.write_text(json.dumps(known))
+            os.replace(aside, noted)
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
@@ -712,11 +725,12 @@ class ContextCache:
     def __init__(self, args):
         self.folder = Path(args.context_cache_dir)
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
-        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
+        noted = self.folder / "models.json"
+        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
             patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
-            self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None), args.teacher_max_pixels]
+            self.models += [fingerprint(args.vlm_model_name_or_path, patterns, None, noted), args.teacher_max_pixels]
 
     def paths(self, row, shown, caption):
         """Files of the student's and of the teacher's context; they are one for a prior prompt."""

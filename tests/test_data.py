@@ -337,6 +337,28 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
 
 
+def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):
+    """Hashing the 17 GB of a 4B model at every start, in every process, takes longer than everything else there."""
+    shutil.copytree(base, tmp_path / "base")
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind))
+
+    def fingerprint(noted=tmp_path / "cache" / "models.json"):
+        read.clear()
+        return script.fingerprint(str(tmp_path / "base"), ["text_encoder/*", "tokenizer/*"], None, noted)
+
+    first = fingerprint()
+    assert "model.safetensors" in read and first == fingerprint() and not read
+    assert str(tmp_path) not in (tmp_path / "cache" / "models.json").read_text()  # a cache may be passed on
+    file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    changed = fingerprint()
+    assert changed != first and read == ["model.safetensors"]
+    (tmp_path / "cache" / "models.json").write_text("[")
+    assert fingerprint() == changed == fingerprint(Path("/proc/none/models.json"))  # damaged, and where nothing can be written
+
+
 def image_bytes(form, orientation=None, **options):
     """A picture that is 40 pixels wide and 24 high."""
     file, exif = io.BytesIO(), Image.Exif()
@@ -452,7 +474,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", interrupted)
         train(tmp_path / "out", context_cache_dir=cache)
-    assert len(list(cache.iterdir())) == sum(map(len, CAPTIONS.values())) + 3  # all of the student's, three of the teacher's
+    assert len(list(cache.glob("*.safetensors"))) == sum(map(len, CAPTIONS.values())) + 3  # all of the student's, three of the teacher's
     rest = []
     with monkeypatch.context() as patch:
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
@@ -529,9 +551,9 @@ def test_mirror_images_are_trained_on_with_contexts_of_their_own(train, tmp_path
     picture.save(folder / "a.png")
     common = {"instance_data_dir": folder, "instance_prompt": "x", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
     train(tmp_path / "one", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) - 1 == 1  # and the student's
+    assert len(seen) == len(list((tmp_path / "cache").glob("*.safetensors"))) - 1 == 1  # and the student's
     train(tmp_path / "two", "--random_flip", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) - 1 == 2  # the first is known
+    assert len(seen) == len(list((tmp_path / "cache").glob("*.safetensors"))) - 1 == 2  # the first is known
     assert np.array_equal(seen[0], seen[1][:, ::-1]) and not np.array_equal(seen[0], seen[1])
 
 
