@@ -71,7 +71,14 @@ import xxhash
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
@@ -112,6 +119,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
@@ -885,15 +893,15 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
         student, teacher = cache.paths(*rows_of(keys, index, args), caption)
         files.setdefault(student, (False, index, caption))
         files.setdefault(teacher, (True, index, caption))
-    mine = list(files)[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(mine, "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
-    missing = [(path, *files[path]) for path in bar if not cache.holds(path)]
-    logger.info(f"Contexts: {len(missing)} of {len(mine)} to encode in each process.")
-    if missing:
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    bar = tqdm(list(files)[mine], "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
+    missing = gather_object([(path, *files[path]) for path in bar if not cache.holds(path)])
+    logger.info(f"Contexts: {len(missing)} of {len(files)} to encode.")
+    if missing[mine]:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
             cache.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=cache.folder).close()
-        encode_missing(family, args, cache, dataset, missing, accelerator)
+        encode_missing(family, args, cache, dataset, missing[mine], accelerator)
     accelerator.wait_for_everyone()
 
 
@@ -909,28 +917,64 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     if args.teacher_context == "vlm":
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    groups = [one for one in missing if not one[1]], [one for one in missing if one[1]]  # of students and of teachers
-    batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
-    for batch in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
-        encode_batch(pipeline, args, cache, dataset, batch)
+    groups = [group for teacher in (False, True) if (group := [one for one in missing if one[1] == teacher])]
+    starts = [(start, group) for group in groups for start in range(0, len(group), ENCODING_BATCH)]
+    # the first batches of both kinds show how much all will take
+    batches = [group[start : start + ENCODING_BATCH] for start, group in sorted(starts, key=lambda one: one[0] > 0)]
+    # images are decoded ahead of the encoders, of many in processes of their own
+    workers = min(args.dataset_num_workers, len(batches) // 16)
+    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), num_workers=workers)
+    bar = tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
+               disable=not accelerator.is_local_main_process)  # fmt: skip
+    for number, (batch, references, images) in enumerate(loader, 1):
+        encode_batch(pipeline, args, cache, batch, references, images)
+        bar.update(len(batch))
+        if number == len(groups):
+            check_space(cache, groups, accelerator)
+    bar.close()
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
 
 
-def encode_batch(pipeline, args, cache, dataset, batch):
-    """Encodes and stores a few contexts, all of the student or all of the teacher, in one forward of each encoder."""
-    paths, (teacher, *_), indices, captions = zip(*batch)
-    rows = [rows_of(dataset, index, args) for index in indices]
-    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-    if teacher:
-        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
+def load_batch(dataset, args, batch):
+    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row. An error in their
+    place is for `encode_batch` to raise: it would come from a worker with its traceback."""
+    _, (teacher, *_), indices, _ = zip(*batch)
+    try:
+        rows = [rows_of(dataset, index, args) for index in indices]
+        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+        return batch, references, [training_image(shown) for _, shown in rows] if teacher else None
+    except (ValueError, OSError) as error:
+        return batch, InputError(error), None
+
+
+def encode_batch(pipeline, args, cache, batch, references, images):
+    """Encodes and stores a few contexts, all of the student or, with `images`, all of the teacher, in one forward of each encoder."""
+    if isinstance(references, InputError):
+        raise references
+    paths, _, _, captions = zip(*batch)
+    if images:
+        prompts = [caption + args.teacher_prompt_suffix for caption in captions]
         contexts = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
     else:
         contexts = pipeline.encode_student(captions, references)
     for path, context in zip(paths, contexts, strict=True):
         cache.write(path, context)
+
+
+def check_space(cache, groups, accelerator):
+    """Says how much the contexts of all processes will take, by the first batch of each of the `groups`. Raises InputError where the
+    disk has less."""
+    sizes = [np.mean([path.stat().st_size for path, *_ in group[:ENCODING_BATCH]]) for group in groups]
+    left = sum(size * max(len(group) - ENCODING_BATCH, 0) for size, group in zip(sizes, groups)) * accelerator.num_processes / 2**30
+    told = ", ".join(f"{len(group) * accelerator.num_processes:,} of {size / 2**20:.2f} MiB" for size, group in zip(sizes, groups))
+    free = shutil.disk_usage(cache.folder).free / 2**30
+    logger.info(f"Contexts to encode: about {told}; {left:.1f} GiB are still needed, {free:.1f} GiB are free.")
+    if left > free:
+        raise InputError(f"--context_cache_dir {cache.folder}: contexts need {left:.1f} GiB more, and {free:.1f} GiB are free. Free some, or "
+                         "choose a folder on another disk; what is encoded is kept.")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- method

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import shutil
 import threading
 import weakref
@@ -480,6 +481,46 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
         train(tmp_path / "out", context_cache_dir=cache)
     assert len(rest) == sum(map(len, CAPTIONS.values())) - 3 and not any(p in done for p in rest)
+
+
+def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
+    """A GPU would wait for each photo to be decoded and resized, hours in all; contexts must be those of one process."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        draw("ellipse", (number, 0, 0)).save(folder / f"{number}.png")
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)
+    common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1}
+    train(tmp_path / "one", dataset_num_workers=1, context_cache_dir=tmp_path / "first", **common)
+    monkeypatch.setattr(script, "training_image", forbidden_in(os.getpid(), script.training_image))
+    train(tmp_path / "two", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("first", "second"))
+    assert one == two and len(one) == 21
+    for path in (tmp_path / "second").glob("*.safetensors"):
+        path.unlink()
+    (folder / "7.png").write_bytes(b"gone")
+    monkeypatch.setattr(script, "inspect_image", lambda source: ([40, 40], source["path"]))
+    with pytest.raises(script.InputError, match="^[^\n]*7.png cannot be read as an image[^\n]*$"):
+        train(tmp_path / "three", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
+
+
+def forbidden_in(process, function):
+    return lambda *args: pytest.fail("decoded beside the encoders") if os.getpid() == process else function(*args)
+
+
+def test_disk_that_is_too_small_for_the_contexts_is_found_at_once(train, tmp_path, monkeypatch, caplog):
+    """A disk that is full after ten hours of encoding could have been known to be too small."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=9000))
+    caplog.set_level("INFO", script.__name__)
+    with pytest.raises(script.InputError, match="--context_cache_dir .* GiB"):
+        train(tmp_path / "out", context_cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=20 * size))
+    train(tmp_path / "out", context_cache_dir=tmp_path / "cache")
+    assert "4 of 0.0" in caplog.text and "GiB are still needed" in caplog.text
 
 
 def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):
