@@ -63,6 +63,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3VLModel,
+    Qwen3VLVisionModel,
 )
 from transformers.utils import cached_file
 
@@ -122,6 +123,12 @@ an astronaut reading a newspaper on a park bench
 """.strip().split("\n")
 
 
+class VisionPart(Qwen3VLVisionModel):
+    """The vision part of a Qwen3-VL, alone."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?language_model\.", r"^lm_head\."]
+
+
 class MultimodalEncoder:
     """A Qwen3-VL that reads images with the language model of a text-to-image pipeline.
 
@@ -178,11 +185,14 @@ class MultimodalEncoder:
         self.check_config(text_encoder.config)
         rope = self.config.text_config.rope_parameters
         self.config.text_config.rope_parameters = {**rope, **text_encoder.config.rope_parameters}
-        options = {"config": self.config, "dtype": text_encoder.dtype, "output_loading_info": True}
-        self.model, found = Qwen3VLModel.from_pretrained(self.name, **options)
-        if unseeing := sorted(name for name in found["missing_keys"] if name.startswith("visual.")):
+        options = {"config": self.config.vision_config, "dtype": text_encoder.dtype, "output_loading_info": True}
+        vision, found = VisionPart.from_pretrained(self.name, key_mapping={r"^(model\.)?visual\.": ""}, **options)
+        if unseeing := sorted(f"visual.{name}" for name in found["missing_keys"]):
             raise ValueError(f"The VLM {self.name} lacks weights of its vision part: {', '.join(unseeing[:3])}, ..; fetch it anew.")
+        with torch.device("meta"):  # its language model would be gigabytes that are thrown away
+            self.model = Qwen3VLModel._from_config(self.config)
         ours, theirs = self.model.language_model, text_encoder.base_model
+        self.model.visual, ours.rotary_emb = vision, type(ours.rotary_emb)(self.config.text_config)
         shapes = {name: p.shape for name, p in ours.named_parameters()}
         # a weight of 4 bits is packed and has no shape of its own
         given = {name: p.shape if p.is_floating_point() else shapes.get(name) for name, p in theirs.named_parameters()}

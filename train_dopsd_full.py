@@ -38,6 +38,7 @@ the student that also sees the training image, predicts the velocity at the same
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -59,6 +60,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -76,6 +78,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     fsdp2_prepare_model,
+    gather_object,
     set_seed,
 )
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
@@ -109,13 +112,13 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as serialize
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
@@ -138,7 +141,8 @@ REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_inde
 # memory that change no result
 MAY_CHANGE = {
     "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
-    "image_column", "caption_column", "reference_column", "instance_prompt", "prior_prompts", "context_cache_dir", "output_dir",
+    "image_column", "caption_column", "reference_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
+    "prior_prompts", "context_cache_dir", "output_dir",
     "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
     "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
@@ -235,6 +239,8 @@ def add_shared_arguments(parser):
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
     add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
+    add("--dataset_num_workers", type=COUNT, default=4, help="Processes that read and decode images ahead of training, if there are many.")
+    add("--skip_broken_images", action="store_true", help="Leave out images that cannot be read.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
@@ -381,26 +387,31 @@ def read_folder(folder, args):
     names = sorted({name for _, row in found for name in row})
     columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
     check_columns(columns, metadata[0] if metadata else folder, args)
-    rows, places = [], {}
+    rows, captions, places = [], [], {}
     for place, row in found:
         path = path_in(folder, row.get(columns[args.image_column]), place)
         if places.setdefault(path, place) != place:
             raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
         references = row.get(columns.get(args.reference_column)) or []
         references = [path_in(folder, name, place) for name in (references if isinstance(references, list) else [references])]
-        captions = captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt)
+        captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
         # the size and time of each file make the cache of `inspect_images` a cache of these very images
         stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
-        rows.append({"image": str(path), "captions": captions, "references": list(map(str, references)), "stamp": stamp})
+        rows.append({"image": str(path), "references": list(map(str, references)), "stamp": stamp})
     used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
         logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
-    image, text, number = ImageFeature(decode=False), Value("string"), Value("int64")
-    features = {"image": image, "captions": ListFeature(text), "references": ListFeature(image), "stamp": ListFeature(number)}
+    image = ImageFeature(decode=False)
+    features = {"image": image, "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
     # of a generator, because datasets caches on disk what it gave
-    dataset = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
-    return dataset.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"])
+    images = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
+    return with_captions(images.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"]), captions)
+
+
+def with_captions(images, captions):
+    """`images` and their `captions`, which leave the fingerprint as it is: `inspect_images` need not look at images again."""
+    return images.add_column("captions", captions, new_fingerprint=images._fingerprint)
 
 
 def read_texts(folder, files, texts, args):
@@ -508,7 +519,7 @@ def read_dataset(args):
     captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
     # columns are worked on apart, so that no image is copied into the cache
     images = dataset.select_columns(list(pictures)).rename_columns({old: new for old, new in pictures.items() if old != new})
-    return images.add_column("captions", captions)
+    return with_captions(images, captions)
 
 
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
@@ -529,9 +540,7 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
     Raises ValueError that names an image that cannot be read."""
-    name = (source or {}).get("path") or "An image of the dataset"
-    if not any((source or {}).values()):
-        raise ValueError(f"{name} is empty; remove its row.")
+    name = source["path"] or "An image of the dataset"
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]))
         if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
@@ -544,30 +553,68 @@ def load_image(source):
         raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from None
 
 
-def inspect_images(dataset, buckets):
+def inspect_image(source):
+    """Upright (width, height) of an undecoded image, and the hash of its content. Of JPEGs and PNGs that end as they should no
+    pixel is decoded. Raises ValueError for one that is no image, OSError for a file that cannot be read."""
+    if not any((source or {}).values()):
+        raise ValueError("An image of the dataset is empty; remove its row.")
+    try:
+        content, size = source["bytes"] or Path(source["path"]).read_bytes(), None
+    except OSError as error:
+        raise OSError(f"{source['path']} cannot be read ({error.strerror}); replace or remove it.") from None
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:  # `load_image` says what is wrong
+        # not PNG's own, which decodes in search of chunks behind the pixels
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        whole = image.format in ("JPEG", "MPO") and content.endswith(b"\xff\xd9")
+        if image.format == "PNG" and all(content.find(name, image.tile[0][2]) < 0 for name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
+            image.verify()
+            whole = True
+        size = (image.size[::-1] if orientation in (5, 6, 7, 8) else image.size) if whole else None
+    return list(size or load_image(source).size), hashlib.sha256(content).hexdigest()
+
+
+def inspect_images(dataset, buckets, args):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
-    image is decoded once; a later run on the same images reads the result from the cache of datasets."""
+    image is read once; a later run on the same images reads the result from the cache of datasets.
+
+    Raises:
+        ValueError: with the first ten of the images that cannot be read, unless --skip_broken_images leaves their rows out.
+    """
+    number, text = Value("int64"), Value("string")
+    features = {"bucket": ListFeature(number), "image_hash": text, "broken": text}
+    features |= {"reference_sizes": ListFeature(ListFeature(number)), "reference_hashes": ListFeature(text)}
 
     def inspect(row, index):
+        found, broken = [], ""
         with blamed_on(f"Row {index}"):
-            image, references = load_image(row["image"]), references_of(row)
-            sizes = [list(load_image(source).size) for source in references]
-        bucket, hashes = buckets[find_nearest_bucket(image.height, image.width, buckets)], list(map(hash_image, references))
-        return {"bucket": list(bucket), "image_hash": hash_image(row["image"]), "reference_sizes": sizes, "reference_hashes": hashes}
+            try:
+                found = [inspect_image(source) for source in [row["image"], *references_of(row)]]
+            except ValueError as error:
+                found, broken = [([1, 1], "")], f"Row {index}: {error}"
+        ((width, height), image_hash), *references = found
+        sizes, hashes = [size for size, _ in references], [value for _, value in references]
+        bucket = buckets[find_nearest_bucket(height, width, buckets)]
+        return {"bucket": list(bucket), "image_hash": image_hash, "reference_sizes": sizes, "reference_hashes": hashes, "broken": broken}
 
-    added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, desc="images")
-    return concatenate_datasets([dataset, added], axis=1)
+    workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
+    names = dataset.column_names
+    added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers if workers > 1 else None, desc="images")
+    whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
+    dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
+    if len(whole) == len(dataset):
+        return dataset
+    broken = [error for error in added["broken"][:] if error]
+    told = f"{len(broken)} of {len(dataset)} images are broken. {' '.join(broken[:10])}{' ..' * (len(broken) > 10)}"
+    if not (args.skip_broken_images and whole):
+        raise ValueError(f"{told} --skip_broken_images leaves them out.")
+    logger.warning(f"Left out: {told}")
+    return dataset.select(whole)
 
 
 def with_mirrored(dataset):
     """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
     hashes = [value + MIRRORED for value in dataset["image_hash"][:]]
     return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
-
-
-def hash_image(source):
-    """Hash of the undecoded content of {"path", "bytes"}."""
-    return hashlib.sha256(source["bytes"] or Path(source["path"]).read_bytes()).hexdigest()
 
 
 def read_prior_prompts(args):
@@ -594,14 +641,23 @@ def shown_row(rows, index, args):
 
 def rows_of(rows, index, args):
     """The row and the row whose image the teacher sees; a prior prompt, of index None, has no images."""
-    return (NO_IMAGES, NO_IMAGES) if index is None else (rows[index], shown_row(rows, index, args))
+    if index is None:
+        return NO_IMAGES, NO_IMAGES
+    row = rows[index]
+    return row, row if args.teacher_image == "target" else shown_row(rows, index, args)
+
+
+class Layouts(tuple):
+    """Of each row, its layout. Two are one only as one object: in each step, a hash over all rows would take long."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
 
 
 def layouts_of(dataset, args):
     """Of each row, what is the same in a batch: bucket, sizes of references and bucket of the image that the teacher sees."""
     buckets = list(map(tuple, dataset["bucket"][:]))  # a slice is read at once
     references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"][:]]
-    return tuple((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
+    return Layouts((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
 
 
 def training_image(row):
@@ -611,16 +667,16 @@ def training_image(row):
     return ImageOps.mirror(image) if row["image_hash"].endswith(MIRRORED) else image
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def epoch_order(layouts, batch_size, seed, epoch):
-    """Batches of row indices for one epoch, each of one layout; short batches are filled up from its start."""
-    rng = np.random.default_rng([seed, epoch])
-    batches = []
-    for layout in sorted(set(layouts)):
-        rows = rng.permutation([i for i, other in enumerate(layouts) if other == layout])
-        rows = np.resize(rows, math.ceil(len(rows) / batch_size) * batch_size)
-        batches += list(rows.reshape(-1, batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    """Row indices of the batches of one epoch (batches, batch_size), each of one layout; short ones are filled up from its start."""
+    rng, groups, batches = np.random.default_rng([seed, epoch]), {}, []
+    for row, layout in enumerate(layouts):
+        groups.setdefault(layout, []).append(row)
+    for _, rows in sorted(groups.items()):
+        batches.append(np.resize(rng.permutation(rows), (math.ceil(len(rows) / batch_size), batch_size)))
+    batches = np.concatenate(batches)
+    return batches[rng.permutation(len(batches))]
 
 
 def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
@@ -636,23 +692,36 @@ def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
-def fingerprint(model_name_or_path, patterns, revision):
-    """A hash over the content of a model's files. Hub models are fetched first; a warm Hub cache needs no network."""
+def fingerprint(model_name_or_path, patterns, revision, noted):
+    """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched first; a warm
+    Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes are read once."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
-    files = {}
-    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            # in the Hub's cache a file is a link to a blob that is named by its content, which saves reading gigabytes
-            in_cache = path.is_symlink() and path.resolve().parent.name == "blobs"
-            content = path.resolve().name if in_cache else hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = content
+    files, known = {}, {}
+    with contextlib.suppress(OSError, ValueError):
+        known = {**json.loads(noted.read_text())}
+    before = len(known)
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
+        blob, stat = path.resolve(), path.stat()
+        stamp = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+        if blob.parent.name == "blobs" and len(blob.name) == 64:  # the Hub's cache names large files by this very hash
+            known[stamp] = blob.name
+        elif stamp not in known:
+            with path.open("rb") as file:
+                known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = known[stamp]
+    with contextlib.suppress(OSError):  # of a cache that may only be read
+        if len(known) > before:
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            aside = noted.with_suffix(f".{os.getpid()}.tmp")
+            aside.write_text(json.dumps(known))
+            os.replace(aside, noted)
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 class ContextCache:
-    """Student and teacher contexts, one memory-mapped safetensors file for each row, row shown to the teacher and caption.
+    """Contexts, one memory-mapped safetensors file each: the student's of each caption, the teacher's of each image and caption.
 
     The key changes whenever images, crops, caption, models or settings change.
     """
@@ -660,48 +729,62 @@ class ContextCache:
     def __init__(self, family, args):
         self.folder = Path(args.context_cache_dir)
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
-        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision), str(weight_dtype_of(args))]
+        noted = self.folder / "models.json"
+        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
-            self.models += [fingerprint(args.vlm_model_name_or_path, family.vlm_files, None), args.teacher_max_pixels]
+            self.models += [fingerprint(args.vlm_model_name_or_path, family.vlm_files, None, noted), args.teacher_max_pixels]
 
-    def path(self, row, shown, caption):
-        key = json.dumps([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    def paths(self, row, shown, caption):
+        """Files of the student's and of the teacher's context; they are one for a prior prompt."""
+        base, dtype, _, _, quantization, *_ = self.models
+        keys = [[base, dtype, quantization, row["reference_hashes"], caption]]
+        if shown["image_hash"]:
+            keys.append([self.models, row["reference_hashes"], shown["image_hash"], shown["bucket"], caption])
+        paths = [self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.safetensors" for key in keys]
+        return paths[0], paths[-1]
 
     def read(self, row, shown, caption):
-        """(student context, teacher context); they are one for a prior prompt."""
-        tensors = load_file(self.path(row, shown, caption))
-        student, teacher = ({n[len(who) :]: t for n, t in tensors.items() if n.startswith(who)} for who in ("student.", "teacher."))
-        return student, teacher or student
+        """(student context, teacher context). Raises InputError that names a file which is not as it was written."""
+        contexts = {}
+        for path in set(paths := self.paths(row, shown, caption)):
+            with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # of any kind: the damage may be anywhere
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                contexts |= {path: tensors} if file.metadata()["xxh3_128"] == tensor_checksum(tensors) else {}
+            if path not in contexts:
+                raise InputError(f"The context {path} is damaged or cannot be read. Remove it and start anew, or from the last checkpoint "
+                                 "(--resume_from_checkpoint latest): it is then encoded anew.")  # fmt: skip
+        return tuple(contexts[path] for path in paths)
 
-    def write(self, row, shown, caption, student, teacher):
-        path = self.path(row, shown, caption)
+    def write(self, path, context):
         aside = path.with_suffix(f".{os.getpid()}.tmp")
-        tensors = {f"{who}.{n}": t.cpu().contiguous() for who, c in (("student", student), ("teacher", teacher)) for n, t in c.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in context.items()}
         try:
             with blamed_on(f"--context_cache_dir {self.folder}"):
-                save_file(tensors, aside, {"sha256": tensor_checksum(tensors)})
+                save_file(tensors, aside, {"xxh3_128": tensor_checksum(tensors)})
                 apply_umask(aside)
                 os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)  # of a full disk
 
     def holds(self, path):
-        """Whether a context is there as it was written; a damaged file is named."""
+        """Whether a context of whole length is there; `read` looks at its content. A file that is cut off is named."""
         if not os.path.exists(path):
             return False
-        with contextlib.suppress(Exception):  # of any kind: the damage may be anywhere
-            with safe_open(path, "pt") as file:
-                if file.metadata()["sha256"] == tensor_checksum({name: file.get_tensor(name) for name in file.keys()}):
-                    return True
+        with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # which compares its header with its size
+            if "xxh3_128" in file.metadata():
+                return True
         logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
         return False
 
 
 def tensor_checksum(tensors):
     """Hash over names, dtypes, shapes and values."""
-    return hashlib.sha256(serialize(tensors)).hexdigest()
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def sees_references(args):
@@ -820,24 +903,28 @@ def quantization_config(component, kind, library):
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
-    """Encodes the (row index, caption) `pairs` that are not in the cache, or damaged there, then frees the encoders."""
+    """Encodes the contexts of the (row index, caption) `pairs` that are not in the cache, then frees the encoders."""
     keys = list(dataset.select_columns(["image_hash", "bucket", "reference_hashes"]))
-    # rows with the same images and caption share a file
-    pair_of = {cache.path(*rows_of(keys, index, args), caption): (index, caption) for index, caption in pairs}
-    mine = list(pair_of)[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(mine, "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
-    missing = [pair_of[path] for path in bar if not cache.holds(path)]
-    logger.info(f"Contexts: {len(missing)} of {len(mine)} to encode in each process.")
-    if missing:
+    # rows with the same images and caption share a file: file -> whether it is the teacher's, row index and caption
+    files = {}
+    for index, caption in pairs:
+        student, teacher = cache.paths(*rows_of(keys, index, args), caption)
+        files.setdefault(student, (False, index, caption))
+        files.setdefault(teacher, (True, index, caption))
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    bar = tqdm(list(files)[mine], "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
+    missing = gather_object([(path, *files[path]) for path in bar if not cache.holds(path)])
+    logger.info(f"Contexts: {len(missing)} of {len(files)} to encode.")
+    if missing[mine]:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
             cache.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=cache.folder).close()
-        encode_missing(family, args, cache, dataset, missing, accelerator)
+        encode_missing(family, args, cache, dataset, missing[mine], accelerator)
     accelerator.wait_for_everyone()
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes the `missing` pairs and frees the encoders."""
+    """Loads the encoders, encodes what is `missing` (file, whether it is the teacher's, row index, caption) and frees the encoders."""
     unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
     quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
@@ -848,27 +935,64 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     if args.teacher_context == "vlm":
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
-    # a prior prompt has no teacher, so it shares no batch with others
-    groups = [pair for pair in missing if pair[0] is not None], [pair for pair in missing if pair[0] is None]
-    batches = [group[start : start + ENCODING_BATCH] for group in groups for start in range(0, len(group), ENCODING_BATCH)]
-    for pairs in tqdm(batches, "Encoding contexts", disable=not accelerator.is_local_main_process):
-        encode_batch(pipeline, args, cache, dataset, pairs)
+    groups = [group for teacher in (False, True) if (group := [one for one in missing if one[1] == teacher])]
+    starts = [(start, group) for group in groups for start in range(0, len(group), ENCODING_BATCH)]
+    # the first batches of both kinds show how much all will take
+    batches = [group[start : start + ENCODING_BATCH] for start, group in sorted(starts, key=lambda one: one[0] > 0)]
+    # images are decoded ahead of the encoders, of many in processes of their own
+    workers = min(args.dataset_num_workers, len(batches) // 16)
+    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), num_workers=workers)
+    bar = tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
+               disable=not accelerator.is_local_main_process)  # fmt: skip
+    for number, (batch, references, images) in enumerate(loader, 1):
+        encode_batch(pipeline, args, cache, batch, references, images)
+        bar.update(len(batch))
+        if number == len(groups):
+            check_space(cache, groups, accelerator)
+    bar.close()
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
 
 
-def encode_batch(pipeline, args, cache, dataset, pairs):
-    """Encodes and stores the contexts of a few (row index, caption) `pairs`, in one forward of each encoder."""
-    rows, captions = [rows_of(dataset, index, args) for index, _ in pairs], [caption for _, caption in pairs]
-    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-    students, teachers = pipeline.encode_student(captions, references), [{}] * len(pairs)
-    if pairs[0][0] is not None:
-        prompts, images = [c + args.teacher_prompt_suffix for c in captions], [training_image(shown) for _, shown in rows]
-        teachers = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
-    for row, caption, student, teacher in zip(rows, captions, students, teachers, strict=True):
-        cache.write(*row, caption, student, teacher)
+def load_batch(dataset, args, batch):
+    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row. An error in their
+    place is for `encode_batch` to raise: it would come from a worker with its traceback."""
+    _, (teacher, *_), indices, _ = zip(*batch)
+    try:
+        rows = [rows_of(dataset, index, args) for index in indices]
+        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+        return batch, references, [training_image(shown) for _, shown in rows] if teacher else None
+    except (ValueError, OSError) as error:
+        return batch, InputError(error), None
+
+
+def encode_batch(pipeline, args, cache, batch, references, images):
+    """Encodes and stores a few contexts, all of the student or, with `images`, all of the teacher, in one forward of each encoder."""
+    if isinstance(references, InputError):
+        raise references
+    paths, _, _, captions = zip(*batch)
+    if images:
+        prompts = [caption + args.teacher_prompt_suffix for caption in captions]
+        contexts = pipeline.encode_teacher(prompts, images, args.teacher_context, references)
+    else:
+        contexts = pipeline.encode_student(captions, references)
+    for path, context in zip(paths, contexts, strict=True):
+        cache.write(path, context)
+
+
+def check_space(cache, groups, accelerator):
+    """Says how much the contexts of all processes will take, by the first batch of each of the `groups`. Raises InputError where the
+    disk has less."""
+    sizes = [np.mean([path.stat().st_size for path, *_ in group[:ENCODING_BATCH]]) for group in groups]
+    left = sum(size * max(len(group) - ENCODING_BATCH, 0) for size, group in zip(sizes, groups)) * accelerator.num_processes / 2**30
+    told = ", ".join(f"{len(group) * accelerator.num_processes:,} of {size / 2**20:.2f} MiB" for size, group in zip(sizes, groups))
+    free = shutil.disk_usage(cache.folder).free / 2**30
+    logger.info(f"Contexts to encode: about {told}; {left:.1f} GiB are still needed, {free:.1f} GiB are free.")
+    if left > free:
+        raise InputError(f"--context_cache_dir {cache.folder}: contexts need {left:.1f} GiB more, and {free:.1f} GiB are free. Free some, or "
+                         "choose a folder on another disk; what is encoded is kept.")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- method
@@ -1007,13 +1131,33 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
     `prior_prompts` if there are any."""
     noise, contexts = [], []
     for index, rng in draws:
-        bucket, captions = rows[index]["bucket"], prior_prompts or rows[index]["captions"]
+        pair = rows_of(rows, index, args)
+        bucket, captions = pair[0]["bucket"], prior_prompts or pair[0]["captions"]
         caption = captions[rng.integers(len(captions))]
-        pair = cache.read(*rows_of(rows, None if prior_prompts else index, args), caption)
-        contexts.append([{name: tensor.to(device) for name, tensor in context.items()} for context in pair])
+        contexts.append(cache.read(*(rows_of(rows, None, args) if prior_prompts else pair), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
-    return torch.cat(noise).to(device), *map(list, zip(*contexts))
+    contexts = [[{name: to_device(tensor, device) for name, tensor in c.items()} for c in several] for several in zip(*contexts)]
+    return to_device(torch.cat(noise), device), *contexts
+
+
+def to_device(tensor, device):
+    """`tensor` on `device`; a GPU fetches it from pinned memory, while the processor goes on."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    with torch.cuda.device(device):  # a new thread would take the first GPU
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def read_ahead(make, numbers):
+    """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
+    with ThreadPoolExecutor(1) as reader:
+        made = collections.deque()
+        for number in numbers:
+            made.append(reader.submit(make, number))
+            if len(made) > 2:
+                yield made.popleft().result()
+        yield from (one.result() for one in made)
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -1730,7 +1874,7 @@ def check_inputs(args):
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
-    dataset = inspect_images(read_dataset(args), buckets)
+    dataset = inspect_images(read_dataset(args), buckets, args)
     dataset = with_mirrored(dataset) if args.random_flip else dataset
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
@@ -2003,6 +2147,15 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     processes = accelerator.process_index, accelerator.num_processes
     # FSDP gathers weights in every forward, too: all processes must make the same ones
     drawing = (0, 1) if accelerator.is_fsdp2 else processes
+
+    def batch_at(micro_step):
+        draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
+        prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
+        batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
+        return *batch, draw_states(args, micro_step, *drawing)
+
+    accumulation = args.gradient_accumulation_steps
+    batches = read_ahead(batch_at, range(first_step * accumulation, args.max_train_steps * accumulation))
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started, STOP.training = [], time.perf_counter(), True
@@ -2010,14 +2163,9 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         # what dropout drops and an update rounds is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            micro_step = step * args.gradient_accumulation_steps + micro
-            draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
-            prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
-            batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-            batch = *batch, draw_states(args, micro_step, *drawing)
-            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
-            synchronize = micro == args.gradient_accumulation_steps - 1
+        for micro in range(accumulation):
+            states = rollout(pipeline, transformer, teacher, next(batches), args, accelerator)
+            synchronize = micro == accumulation - 1
             table += backward_each_state(states, transformer, args, accelerator, synchronize)
         table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)

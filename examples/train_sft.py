@@ -28,7 +28,8 @@ from pipeline_dopsd import family_of  # noqa: E402
 # flags of both training scripts, of a LoRA and of all weights that are honoured here
 COMMON = {
     "pretrained_model_name_or_path", "revision", "variant", "encoder_quantization", "instance_data_dir", "dataset_name",
-    "dataset_config_name", "image_column", "caption_column", "instance_prompt", "resolution", "rollout_steps", "num_inference_steps",
+    "dataset_config_name", "image_column", "caption_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
+    "resolution", "rollout_steps", "num_inference_steps",
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps",
     "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "max_grad_norm", "gradient_checkpointing", "checkpointed_blocks", "attention_backend", "compile_blocks", "mixed_precision",
@@ -116,7 +117,7 @@ def check_inputs(args, accelerator):
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
-    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1])
+    dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     return family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 

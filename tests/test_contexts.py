@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLModel
 
 import train_dopsd_lora as script
-from conftest import draw
+from conftest import draw, save_images
 from families import CAPTIONS, CHAT_TEMPLATE
 from pipeline_dopsd import DOPSDZImagePipeline, MultimodalEncoder
 
@@ -135,6 +135,24 @@ def test_language_model_is_held_once(pipeline, encoder):
     assert all(p.data_ptr() in shared for p in parameters)
 
 
+def test_language_model_of_the_vlm_is_never_loaded(vlm, pipeline, monkeypatch):
+    """Beside the text encoder's own it takes 15 GB of the host for the 8B models, to be thrown away."""
+    replaced, put = [], torch.nn.Module.set_submodule
+
+    def recorded(self, name, layer):
+        replaced.extend(parameter.device.type for parameter in self.get_submodule(name).parameters(recurse=False))
+        put(self, name, layer)
+
+    monkeypatch.setattr(torch.nn.Module, "set_submodule", recorded)
+    encoder = MultimodalEncoder(str(vlm))
+    encoder.transplant(pipeline.text_encoder)
+    assert set(replaced) == {"meta"} and len(replaced) == len(list(pipeline.text_encoder.parameters()))
+    assert {tensor.device.type for tensor in [*encoder.model.parameters(), *encoder.model.buffers()]} == {"cpu"}
+    whole = Qwen3VLModel.from_pretrained(vlm)
+    vision = encoder.model.visual.state_dict()
+    assert all(torch.equal(tensor, vision[name]) for name, tensor in whole.visual.state_dict().items())
+
+
 @pytest.mark.families()
 def test_teacher_context_sees_the_image(pipeline, encoder):
     """A teacher whose context does not depend on the image has nothing to teach."""
@@ -202,22 +220,46 @@ def test_max_context_length_is_what_the_transformer_takes(pipeline):
             pipeline.velocity(pipeline.transformer, noise, time, [{"prompt_embeds": torch.randn(longest + 1, 64)}])
 
 
-@pytest.mark.parametrize("damage", ["a bit", "half", "empty", "no checksum"])
-def test_damaged_contexts_are_encoded_anew(train, tmp_path, monkeypatch, caplog, damage):
-    """A bit that has flipped on the disk would be trained on for hours."""
+@pytest.mark.parametrize("damage", ["half", "empty", "no checksum"])
+def test_contexts_that_are_cut_off_are_encoded_anew(train, tmp_path, monkeypatch, caplog, damage):
+    """A full disk or a crash leaves such files; a run would end at them after hours."""
     monkeypatch.setattr(script, "ENCODING_BATCH", 1)  # in a batch, numbers would round otherwise
     cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 1}
     train(tmp_path / "first", context_cache_dir=cache, **small)
-    path = min(cache.iterdir())
+    path = min(cache.glob("*.safetensors"))
     content = path.read_bytes()
     if damage == "no checksum":
         save_file(load_file(path), path)
     else:
-        damaged = {"a bit": content[:-9] + bytes([content[-9] ^ 64]) + content[-8:], "half": content[: len(content) // 2], "empty": b""}
-        path.write_bytes(damaged[damage])
+        path.write_bytes({"half": content[: len(content) // 2], "empty": b""}[damage])
     train(tmp_path / "second", context_cache_dir=cache, **small)
     assert [str(path) in message for message in caplog.messages if "damaged" in message] == [True]
     assert path.read_bytes() == content
+
+
+def test_damaged_context_ends_the_run_when_it_is_used(train, tmp_path):
+    """A bit that has flipped on the disk would be trained on for hours; as told, the file is removed and the run goes on."""
+    cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 20, "checkpointing_steps": 1}
+    train(tmp_path / "first", context_cache_dir=cache, **{**small, "max_train_steps": 1})
+    path = max(cache.glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 64]) + content[-8:])
+    with pytest.raises(script.InputError, match=f"{path.name} is damaged .* Remove it .*--resume_from_checkpoint latest"):
+        train(tmp_path / "second", context_cache_dir=cache, **small)
+    path.unlink()
+    train(tmp_path / "second", context_cache_dir=cache, **small, resume_from_checkpoint="latest")
+    assert path.exists()
+
+
+def test_start_reads_no_contexts(train, tmp_path, monkeypatch):
+    """Those of 100,000 images are hundreds of gigabytes; a start looks at their headers."""
+    folder = save_images(tmp_path / "images")
+    common = {"instance_data_dir": folder, "instance_prompt": "x", "context_cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    train(tmp_path / "first", **common)
+    summed, checksum = [], script.tensor_checksum
+    monkeypatch.setattr(script, "tensor_checksum", lambda tensors: summed.append(1) or checksum(tensors))
+    train(tmp_path / "second", **common)
+    assert len(summed) <= 2 * 3  # the student's and the teacher's of one step, and of two more that may be read ahead
 
 
 @pytest.mark.families()

@@ -1,13 +1,18 @@
 """Images, captions, buckets and the cache of contexts."""
 
 import gc
+import hashlib
+import io
 import json
+import os
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -270,6 +275,20 @@ def test_equal_images_with_one_caption_are_encoded_once(train, tmp_path, encoded
     assert [caption for caption, _ in encoded] == ["a disc"]
 
 
+def test_students_context_is_encoded_and_stored_once_for_a_caption(train, tmp_path, encoded, monkeypatch):
+    """It depends on the caption alone; stored with each image, contexts would take half as much again on the disk."""
+    students, encode = [], DOPSDZImagePipeline.encode_student
+    monkeypatch.setattr(DOPSDZImagePipeline, "encode_student", lambda self, prompts, *o: students.extend(prompts) or encode(self, prompts, *o))
+    for path in (folder := save_images(tmp_path / "images")).glob("*.txt"):
+        path.unlink()
+    common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    train(tmp_path / "out", **common)
+    assert students == ["a disc"] and len(encoded) == 4
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1 + 4
+    train(tmp_path / "other", **common, teacher_max_pixels=16 * 16)  # another teacher
+    assert students == ["a disc"] and len(encoded) == 8
+
+
 @pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer"])
 def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part):
     """Contexts of other encoder weights would be taken for those of these."""
@@ -281,7 +300,7 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
     def path():
         args = script.parse_args(flags(tmp_path / "out", **models))
         script.resolve_arguments(DOPSDZImagePipeline, args)
-        return script.ContextCache(DOPSDZImagePipeline, args).path(row, row, "x")
+        return script.ContextCache(DOPSDZImagePipeline, args).paths(row, row, "x")[1]
 
     before = path()
     assert path() == before
@@ -309,15 +328,118 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet"}
     args = script.parse_args(flags(tmp_path / "out", **{"instance_data_dir": folder, **changes}))
     buckets = [(32, 32), (32, 64)]
-    first = script.inspect_images(read_dataset(args), buckets)
+    first = script.inspect_images(read_dataset(args), buckets, args)
     with monkeypatch.context() as patch:
         patch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was decoded again"))
-        again = script.inspect_images(read_dataset(args), buckets)
+        again = script.inspect_images(read_dataset(args), buckets, args)
         assert again["image_hash"] == first["image_hash"] and again["bucket"] == first["bucket"]
     if form == "folder":  # a changed file is read again
         draw("ellipse", "black").save(folder / "a.png")
-        changed = script.inspect_images(read_dataset(args), buckets)
+        changed = script.inspect_images(read_dataset(args), buckets, args)
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
+
+
+def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):
+    """Hashing the 17 GB of a 4B model at every start, in every process, takes longer than everything else there."""
+    shutil.copytree(base, tmp_path / "base")
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind))
+
+    def fingerprint(noted=tmp_path / "cache" / "models.json"):
+        read.clear()
+        return script.fingerprint(str(tmp_path / "base"), ["text_encoder/*", "tokenizer/*"], None, noted)
+
+    first = fingerprint()
+    assert "model.safetensors" in read and first == fingerprint() and not read
+    assert str(tmp_path) not in (tmp_path / "cache" / "models.json").read_text()  # a cache may be passed on
+    file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    changed = fingerprint()
+    assert changed != first and read == ["model.safetensors"]
+    (tmp_path / "cache" / "models.json").write_text("[")
+    assert fingerprint() == changed == fingerprint(Path("/proc/none/models.json"))  # damaged, and where nothing can be written
+
+
+def image_bytes(form, orientation=None, **options):
+    """A picture that is 40 pixels wide and 24 high."""
+    file, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    picture.save(file, form, exif=exif, **options)
+    return file.getvalue()
+
+
+def exif_behind_pixels(content):
+    """The PNG `content` with its eXIf chunk behind its pixels, where it may stand, too."""
+    start, pixels = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+    assert start < pixels
+    return content[:start] + content[pixels:-12] + content[start:pixels] + content[-12:]
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "PNG exif last", "WEBP", "TIFF"])
+def test_sizes_from_headers_are_those_of_decoded_images(form, orientation):
+    """A portrait that is taken for a landscape loses its head and feet to the crop."""
+    content = image_bytes(form.split()[0], orientation)
+    if form == "PNG exif last" and orientation:
+        content = exif_behind_pixels(content)
+    source = {"path": None, "bytes": content}
+    size, image_hash = script.inspect_image(source)
+    assert tuple(size) == load_image(source).size == ((24, 40) if orientation in (6, 8) else (40, 24))
+    assert image_hash == hashlib.sha256(content).hexdigest()
+
+
+def test_no_pixel_of_a_photo_is_decoded_before_encoding(monkeypatch):
+    """100,000 photos of 12 megapixels would be decoded for half a day before anything happens."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *a: pytest.fail("decoded"))
+    for content in (image_bytes("JPEG", 6), image_bytes("JPEG", progressive=True), image_bytes("PNG"), image_bytes("PNG", 8)):
+        script.inspect_image({"path": None, "bytes": content})
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("damage", ["cut", "cut in the header", "another file"])
+def test_broken_images_are_found_before_encoding(form, damage):
+    """An image that was copied in part would end a run after hours of encoding."""
+    content = image_bytes(form)
+    damaged = {"cut": content[: len(content) // 2], "cut in the header": content[:20], "another file": b"<html>" + content}
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        script.inspect_image({"path": None, "bytes": damaged[damage]})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_images_are_named_together(flags, tmp_path, caplog, workers):
+    """Named one at a time, those of a large set would take as many starts; --skip_broken_images goes on without them."""
+    PartialState()  # which the log asks
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(210):  # enough for two processes
+        (folder / f"{number:03}.jpg").write_bytes(image_bytes("JPEG", quality=number % 90 + 5)[: 100 if number % 20 == 3 else None])
+    command = {"instance_data_dir": folder, "instance_prompt": "x", "dataset_num_workers": workers}
+
+    def inspect(*switches):
+        args = script.parse_args(flags(tmp_path / "out", *switches, **command))
+        return script.inspect_images(read_dataset(args), [(32, 32)], args)
+
+    with pytest.raises(ValueError, match="11 of 210 images are broken") as error:
+        inspect()
+    named = [f"{number:03}.jpg" for number in range(210) if f"{number:03}.jpg" in str(error.value)]
+    assert named == [f"{number:03}.jpg" for number in range(3, 200, 20)] and "--skip_broken_images" in str(error.value)
+    dataset = inspect("--skip_broken_images")
+    assert [Path(source["path"]).name for source in dataset["image"][:]] == [f"{n:03}.jpg" for n in range(210) if n % 20 != 3]
+    assert "Left out: 11 of 210 images" in caplog.text and "003.jpg" in caplog.text
+    assert dataset["image_hash"][0] == hashlib.sha256((folder / "000.jpg").read_bytes()).hexdigest() and all(dataset["image_hash"][:])
+
+
+def test_changed_captions_cause_no_new_inspection(flags, tmp_path, monkeypatch):
+    """Whoever mends a caption of 100,000 would wait for all images to be read again."""
+    folder = save_images(tmp_path / "images")
+    args = script.parse_args(flags(tmp_path / "out", instance_data_dir=folder))
+    script.inspect_images(read_dataset(args), [(32, 32)], args)
+    (folder / "b.txt").write_text("another caption")
+    monkeypatch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was read again"))
+    assert script.inspect_images(read_dataset(args), [(32, 32)], args)["captions"][1] == ["another caption"]
 
 
 def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
@@ -331,9 +453,10 @@ def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
     dataset = Dataset.from_dict({"picture": pictures, "text": ["a"] * 8}, features=features)
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
     changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet", "image_column": "picture"}
-    dataset = read_dataset(script.parse_args(flags(tmp_path / "out", **changes)))
+    args = script.parse_args(flags(tmp_path / "out", **changes))
+    dataset = read_dataset(args)
     before = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
-    dataset = script.inspect_images(dataset, [(32, 32)])
+    dataset = script.inspect_images(dataset, [(32, 32)], args)
     after = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
     assert before > 8 * 256 * 256 * 3 and after - before < 20_000
 
@@ -353,12 +476,52 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", interrupted)
         train(tmp_path / "out", context_cache_dir=cache)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.glob("*.safetensors"))) == sum(map(len, CAPTIONS.values())) + 3  # all of the student's, three of the teacher's
     rest = []
     with monkeypatch.context() as patch:
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
         train(tmp_path / "out", context_cache_dir=cache)
     assert len(rest) == sum(map(len, CAPTIONS.values())) - 3 and not any(p in done for p in rest)
+
+
+def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
+    """A GPU would wait for each photo to be decoded and resized, hours in all; contexts must be those of one process."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        draw("ellipse", (number, 0, 0)).save(folder / f"{number}.png")
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)
+    common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1}
+    train(tmp_path / "one", dataset_num_workers=1, context_cache_dir=tmp_path / "first", **common)
+    monkeypatch.setattr(script, "training_image", forbidden_in(os.getpid(), script.training_image))
+    train(tmp_path / "two", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("first", "second"))
+    assert one == two and len(one) == 21
+    for path in (tmp_path / "second").glob("*.safetensors"):
+        path.unlink()
+    (folder / "7.png").write_bytes(b"gone")
+    monkeypatch.setattr(script, "inspect_image", lambda source: ([40, 40], source["path"]))
+    with pytest.raises(script.InputError, match="^[^\n]*7.png cannot be read as an image[^\n]*$"):
+        train(tmp_path / "three", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
+
+
+def forbidden_in(process, function):
+    return lambda *args: pytest.fail("decoded beside the encoders") if os.getpid() == process else function(*args)
+
+
+def test_disk_that_is_too_small_for_the_contexts_is_found_at_once(train, tmp_path, monkeypatch, caplog):
+    """A disk that is full after ten hours of encoding could have been known to be too small."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(script, "ENCODING_BATCH", 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=9000))
+    caplog.set_level("INFO", script.__name__)
+    with pytest.raises(script.InputError, match="--context_cache_dir .* GiB"):
+        train(tmp_path / "out", context_cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=20 * size))
+    train(tmp_path / "out", context_cache_dir=tmp_path / "cache")
+    assert "4 of 0.0" in caplog.text and "GiB are still needed" in caplog.text
 
 
 def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):
@@ -369,7 +532,7 @@ def test_warm_cache_loads_no_encoder(train, tmp_path, monkeypatch):
         pytest.fail("an encoder was loaded")
 
     monkeypatch.setattr(DOPSDZImagePipeline, "load_multimodal_encoder", loaded)
-    monkeypatch.setattr("pipeline_dopsd.Qwen3VLModel.from_pretrained", loaded)
+    monkeypatch.setattr("pipeline_dopsd.VisionPart.from_pretrained", loaded)
     monkeypatch.setattr("transformers.Qwen3Model.from_pretrained", loaded)
     train(tmp_path / "second", validation_steps=5)
     with pytest.raises(pytest.fail.Exception, match="an encoder was loaded"):
@@ -430,9 +593,9 @@ def test_mirror_images_are_trained_on_with_contexts_of_their_own(train, tmp_path
     picture.save(folder / "a.png")
     common = {"instance_data_dir": folder, "instance_prompt": "x", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
     train(tmp_path / "one", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(seen) == len(list((tmp_path / "cache").glob("*.safetensors"))) - 1 == 1  # and the student's
     train(tmp_path / "two", "--random_flip", **common)
-    assert len(seen) == len(list((tmp_path / "cache").iterdir())) == 2  # the first is known
+    assert len(seen) == len(list((tmp_path / "cache").glob("*.safetensors"))) - 1 == 2  # the first is known
     assert np.array_equal(seen[0], seen[1][:, ::-1]) and not np.array_equal(seen[0], seen[1])
 
 
@@ -450,3 +613,35 @@ def test_epochs_are_counted_in_optimisation_steps(flags, tmp_path):
     assert steps(num_train_epochs=2, gradient_accumulation_steps=3) == 3
     assert steps(num_train_epochs=3, train_batch_size=3) == 6  # a short batch is filled up
     assert steps("--random_flip", num_train_epochs=1) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------ read ahead
+def test_next_batches_are_read_while_the_device_computes():
+    """Contexts of 40 MB from a slow disk would be waited for in each step."""
+    read, asked = [], threading.Semaphore(0)
+
+    def make(number):
+        read.append(number)
+        asked.release()
+        return 10 * number
+
+    batches = script.read_ahead(make, range(6))
+    assert next(batches) == 0
+    for _ in range(3):  # the one that was taken, and two more, without being asked for
+        assert asked.acquire(timeout=30)
+    assert read == [0, 1, 2]
+    assert list(batches) == [10, 20, 30, 40, 50] and read == list(range(6))
+
+
+def test_what_goes_wrong_ahead_comes_up_in_its_step():
+    """A context that is damaged must not end the steps before it, nor vanish in a thread."""
+
+    def make(number):
+        if number == 2:
+            raise script.InputError("damaged")
+        return number
+
+    batches = script.read_ahead(make, range(6))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(script.InputError, match="damaged"):
+        next(batches)

@@ -195,6 +195,18 @@ def loaded(hub, pushed, pushed_later, tmp_path_factory):
     return SimpleNamespace(pictures=pictures, errors=json.loads((folder / "errors.json").read_text()))
 
 
+def test_snapshot_and_folder_have_one_key(hub, base, tmp_path):
+    """Contexts that were encoded on another machine, from the Hub or from a copy, would be encoded once more."""
+    patterns = ["text_encoder/*", "tokenizer/*"]
+    code = f"import train_dopsd_lora as s; print(s.fingerprint('tiny/base', {patterns}, None, s.Path('models.json')))"
+    environment = guarded_environment(tmp_path, hub.url)
+    environment["PYTHONPATH"] += f":{ROOT}"
+    result = run([sys.executable, "-c", code], tmp_path, **environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list((tmp_path / "home").rglob("blobs/*")), "nothing came from the Hub"
+    assert result.stdout.split()[-1] == script.fingerprint(str(base), patterns, None, tmp_path / "folder.json")
+
+
 def test_every_way_gives_the_pictures_of_the_training(loaded, pushed):
     """A LoRA that runs weaker than it was trained, or not at all, without an error."""
     expected = np.asarray(Image.open(pushed.out / "samples" / "0.png")).astype(int)

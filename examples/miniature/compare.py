@@ -12,6 +12,7 @@ on all concepts and with further seeds. trials.py says what a pass is and where 
 
 import argparse
 import functools
+import hashlib
 import multiprocessing
 import sys
 
@@ -74,8 +75,8 @@ class Baseline:
         self.loss, self.drawn, self.lent, self.latents, self.samples = loss, drawn, lent, {}, {}
         self.make, self.rollout = script.make_batch, script.rollout
         for file in sorted(data.glob("*.png")):
-            source = {"path": str(file), "bytes": None}
-            self.latents[script.hash_image(source)] = train_sft.encode(lent, [Image.open(file).convert("RGB")], [])[0]
+            image_hash = hashlib.sha256(file.read_bytes()).hexdigest()
+            self.latents[image_hash] = train_sft.encode(lent, [Image.open(file).convert("RGB")], [])[0]
 
     def functions(self):
         return {"make_batch": self.make_batch, "rollout": self.baseline_rollout}
@@ -83,11 +84,13 @@ class Baseline:
     def make_batch(self, pipeline, rows, cache, draws, prior_prompts, args, device):
         recorder = Recorder(cache)
         batch = self.make(pipeline, rows, recorder, draws, prior_prompts, args, device)
-        self.asked = recorder.asked
-        self.x0 = None if prior_prompts else torch.cat([self.latents[image] for image, _ in self.asked])
+        # batches are made ahead of their rollout
+        batch[0].asked = recorder.asked
+        batch[0].x0 = None if prior_prompts else torch.cat([self.latents[image] for image, _ in recorder.asked])
         return batch
 
     def baseline_rollout(self, pipeline, transformer, teacher, batch, args, accelerator):
+        self.asked, self.x0 = batch[0].asked, batch[0].x0
         if self.x0 is None:  # of prior prompts
             yield from self.rollout(pipeline, transformer, teacher, batch, args, accelerator)
         else:
