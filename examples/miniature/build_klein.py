@@ -10,16 +10,17 @@ matching. It is then step-distilled to the four states of klein's own grid, on t
 
 import json
 
-import build
 import numpy as np
 import torch
 import torch.nn.functional as F
-from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
+
+import build
+from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
 
 from pipeline_dopsd import DOPSDFlux2KleinPipeline
 
