@@ -33,6 +33,7 @@ import torch
 import transformers
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -108,7 +109,7 @@ five candles in a row, only one of them lit
 a giraffe wearing a striped scarf
 a dragon asleep on a pile of books""".split("\n")
 # Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried them.
-WORTH, HOPELESS = 0.5, 0.25
+WORTH, HOPELESS, KNOWN = 0.5, 0.25, 1.0
 LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 1.5, 0.15
 OUTLIER = 4.0
 
@@ -122,7 +123,7 @@ def add_own_arguments(parser, command):
     add("--drawing_batch_size", type=dopsd.COUNT, default=1, help="Pictures drawn at once.")
     add("--encoding_batch_size", type=dopsd.COUNT, default=16, help="Pictures encoded at once.")
     if command != "paper":
-        seeds = dopsd.number(int, low=4 if command == "report" else 1)
+        seeds = dopsd.number(int, low=4 if command == "report" else 2)
         add("--noise_seeds", type=seeds, default=4, help="Noises of each prompt, the same for all models.")
         add("--concept_prompts", help="Text file of new prompts with the concept, one a line. Default: --instance_prompt in new surroundings.")
         add("--num_captions", type=dopsd.COUNT, default=8, help="Training images whose (first) caption is drawn.")
@@ -258,6 +259,17 @@ def check_prompts(family, args, dataset, pairs):
         raise ValueError(str(error).replace("--validation_prompt", "a prompt (--concept_prompts, --ordinary_prompts, --paper_prompts)")) from error
 
 
+@contextlib.contextmanager
+def explained(savings, folder):
+    """Within: running out of memory becomes an error that names flags that need less, a full disk one that names the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise dopsd.InputError(f"{str(error).split('. ')[0]}. What was drawn is kept. Cheapest remedies: {', '.join(savings)}.") from error
+    except OSError as error:
+        raise dopsd.InputError(f"{folder}: {error}. What was drawn is kept; the same command goes on from it.") from error
+
+
 # ------------------------------------------------------------------------------------------------------------ drawing
 @dataclass(frozen=True)
 class Drawing:
@@ -283,7 +295,7 @@ def draw(drawings, load, args, accelerator):
         return
     first = next(iter(missing))
     first.parent.mkdir(exist_ok=True)
-    with dopsd.explain_failures(["--enable_vae_tiling", "--quantization int8", "a lower --drawing_batch_size"], args.output_dir):
+    with explained(["--enable_vae_tiling", "--quantization int8", "a lower --drawing_batch_size"], args.output_dir):
         pipeline = load()
         dopsd.place_for_training(pipeline, args, accelerator)
         bar = tqdm(total=len(missing), desc="Drawing")
@@ -308,7 +320,7 @@ def draw(drawings, load, args, accelerator):
 
 def context_of(drawing, device):
     """The tensors of a drawing's context; a teacher that sees no picture has the student's."""
-    tensors = dopsd.load_file(drawing.context)
+    tensors = load_file(drawing.context)
     own = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(drawing.side.split()[0])}
     own = own or {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith("student")}
     return {name: tensor.to(device) for name, tensor in own.items()}
@@ -479,7 +491,7 @@ def token_statistics(family, way, layer, dataset, files):
         patches = vlm.image_processor.get_number_of_image_patches(*bucket, limits)
         chat = vlm.chat(prompt + way.teacher_prompt_suffix, patches // vlm.image_processor.merge_size**2, family.chat_ending(tokenizer))
         seen = torch.tensor(vlm.tokenizer(chat).input_ids) == vlm.config.image_token_id
-        embeds = dopsd.load_file(file)["teacher.prompt_embeds"].float()[: len(seen)]
+        embeds = load_file(file)["teacher.prompt_embeds"].float()[: len(seen)]
         embeds = embeds.reshape(len(embeds), -1, hidden)
         seen = seen[: len(embeds)]
         for kind in tokens:
@@ -508,11 +520,13 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
         new = share_of_way(student, own, direction)
         ways[name] = {"share": interval(np.mean, new), "captions": float(new[: len(captions)].mean())}
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
-    return ways, {"follows": float(follows["student"].mean())}
+    own = distance(student[: len(captions)], images[:, None]).mean() / spread_over_noises(student[: len(captions)]).mean()
+    return ways, {"follows": float(follows["student"].mean()), "apart": float(own)}
 
 
-def teacher_verdict(ways):
-    """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make it."""
+def teacher_verdict(ways, student):
+    """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make it; `student` has
+    figures of the student."""
     best = max((name for name in ways if ways[name]["trainable"]), key=lambda name: ways[name]["share"][0])
     share = ways[best]["share"][0]
     if share >= WORTH:
@@ -521,6 +535,8 @@ def teacher_verdict(ways):
         text = f"Doubtful: the best teacher ({ways[best]['flags']}) goes {100 * share:.0f} % of the way; expect part of the concept. Look at teacher.png."
     else:
         text = f"No teacher can draw this: the best ({best}) goes {100 * share:.0f} % of the way to the training images. Training will not teach it."
+    if student["apart"] < KNOWN:
+        text = f"The student's pictures differ from the training images no more than among themselves: there is little to learn. {text}"
     better = [name for name in ways if not ways[name]["trainable"] and ways[name]["share"][1] > share]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
@@ -551,7 +567,7 @@ def teacher(args, accelerator):
     weights = dopsd.sample_weights(args)
     for name, (way, layer) in ways.items():
         reader = family if layer is None else type(family.__name__, (family,), {"hidden_layer": layer})
-        with dopsd.explain_failures(dopsd.encoding_savings(way), args.context_cache_dir):
+        with explained(dopsd.encoding_savings(way), args.context_cache_dir):
             dopsd.encode_contexts(reader, way, caches[name], dataset, pairs, accelerator)
         paths = [caches[name].path(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs]
         files[name] = dict(zip(paths, pairs))
@@ -565,7 +581,7 @@ def teacher(args, accelerator):
     for name, (way, layer) in ways.items():
         tokens = token_statistics(family, way, layer, dataset, files[name]) if way.teacher_context == "vlm" else []
         figures[name] |= {"tokens": tokens, "flags": flags_of(way), "trainable": layer in (None, getattr(family, "hidden_layer", None))}
-    best, verdict = teacher_verdict(figures)
+    best, verdict = teacher_verdict(figures, student)
     record = {"verdict": verdict, "best": best, "ways": figures, "student": student, "prompts": [prompt for _, prompt in pairs]}
     write_json(Path(args.output_dir) / "teacher.json", record)
     teacher_sheet(drawings, captions, new, dataset, args).save(Path(args.output_dir) / "teacher.png", optimize=True)
@@ -580,7 +596,8 @@ def print_teacher(record):
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
         print(f"| {name} | {shown(f['share'])} | {f['captions']:.2f} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
-    print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others).")
+    print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others). Its pictures of "
+          f"the captions are {record['student']['apart']:.1f} times as far from the training images as from one another.")  # fmt: skip
 
 
 def teacher_sheet(drawings, captions, new, dataset, args, rows=4):
@@ -615,7 +632,7 @@ def prompt_contexts(family, args, dataset, pairs, accelerator):
         cache = dopsd.ContextCache(way)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
-    with dopsd.explain_failures(["--encoder_quantization int8"], args.context_cache_dir):
+    with explained(["--encoder_quantization int8"], args.context_cache_dir):
         dopsd.encode_contexts(family, way, cache, dataset, pairs, accelerator)
     return [cache.path(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs]
 
@@ -842,7 +859,7 @@ def level_of(answer):
 
 
 class Judge:
-    """A local Qwen3-VL that compares two pictures. Raises ValueError where --judge is none."""
+    """A local Qwen3-VL that compares two pictures."""
 
     def __init__(self, name, device, dtype):
         reader = MultimodalEncoder(name)
@@ -867,7 +884,7 @@ class Judge:
 
 
 def perceptual_distance(pairs, device):
-    """Mean LPIPS (VGG) of pairs of PIL pictures, or None without its package."""
+    """LPIPS (VGG) of each of some pairs of PIL pictures, or None without its package."""
     if not importlib.util.find_spec("lpips"):
         return None
     import lpips
@@ -924,7 +941,8 @@ def paper(args, accelerator):
     write_json(Path(args.output_dir) / "paper.json", record)
     print("\n| " + " | ".join(figures) + " |\n" + "|---" * len(figures) + "|")
     print("| " + " | ".join("none" if v is None else f"{v:.4f}" for v in record["means"].values()) + " |")
-    print("LPIPS-D is left out: pip install lpips." * ("LPIPS-D" not in figures))
+    if "LPIPS-D" not in figures:
+        print("LPIPS-D is left out: pip install lpips.")
     if unclear:
         print(f"{unclear} answers of the judge are none of its four words; they count in no mean.")
     return record

@@ -1,6 +1,7 @@
 """examples/evaluate.py: what a user learns before a training, after it, and from the paper's protocol."""
 
 import base64
+import dataclasses
 import html.parser
 import importlib.util
 import io
@@ -33,6 +34,18 @@ from conftest import LORA, ROOT, guarded_environment
 from hub_stand_in import HubStandIn
 
 
+sys.path.append(str(ROOT / "examples" / "miniature"))
+
+import world  # noqa: E402
+from concepts import (  # noqa: E402
+    CONCEPTS,
+    held_out_scenes,
+    training_pictures,
+    training_scenes,
+)
+
+
+MINIATURE = ROOT / "examples" / "miniature"
 spec = importlib.util.spec_from_file_location("instruments", ROOT / "examples" / "evaluate.py")
 instruments = importlib.util.module_from_spec(spec)
 sys.modules["instruments"] = instruments
@@ -344,3 +357,22 @@ def test_documented_commands_have_real_flags():
         args = instruments.parse_args([command, "--pretrained_model_name_or_path", "x", *re.findall(r'"[^"]+"|\S+', words)])
         assert args.command == command
     assert len(commands) == 3
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_miniatures_encoder_sees_what_makes_up_a_concept(name):
+    """Its verdicts, and their calibration, would be those of a blind man."""
+    concept, look = CONCEPTS[name], instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
+    rng = np.random.default_rng(0)
+    plain = lambda scene: dataclasses.replace(scene, style="plain", **({"shape": rng.choice(world.SHAPES)} if concept.shape else {}))  # noqa: E731
+    draw = lambda scenes: look.images([Image.fromarray(world.render(scene, 900 + i)) for i, scene in enumerate(scenes)])  # noqa: E731
+    direction = (look.images(training_pictures(concept)) - draw(map(plain, training_scenes(concept)))).mean(axis=0)
+    scenes = held_out_scenes(concept, 12)
+    before, after, other = draw(map(plain, scenes)), draw(scenes), draw(map(plain, scenes))
+    assert instruments.share_of_way(before, after, direction).mean() > 0.6
+    assert abs(instruments.share_of_way(before, other, direction).mean()) < 0.2
+
+
+def test_miniatures_encoders_are_small():
+    """Cloning the repository would take long."""
+    assert sum(p.stat().st_size for p in (MINIATURE / "encoders").rglob("*.safetensors")) < 1.5e6
