@@ -62,6 +62,58 @@ from transformers.utils import cached_file
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
+# ordinary prompts of many kinds, which a model goes on drawing as it does while it learns something else (--prior_prompts)
+PRIOR_PROMPTS = """
+a portrait photo of an elderly woman with silver hair, soft window light
+a man in a blue suit crossing a busy street in the rain
+two children building a sandcastle on the beach
+a chef slicing vegetables in a restaurant kitchen
+a crowd at an open-air concert at night, seen from behind
+a tabby cat asleep on a stack of books
+a golden retriever running through shallow water
+a red fox in fresh snow, telephoto
+a flock of flamingos over a lake at sunrise
+a macro photo of a bee on a lavender flower
+a glass of orange juice beside a plate of pancakes
+a bowl of ramen with a soft-boiled egg, top view
+a wooden chair in an empty white room
+a vintage red bicycle leaning against a brick wall
+a silver sports car on a mountain road
+a wristwatch on dark velvet, product photo
+a pair of worn leather boots by the door
+a grand piano on an empty stage
+a teapot and four cups on a linen tablecloth
+an open laptop and a notebook on a tidy desk
+a narrow street in an old Italian town, afternoon light
+the skyline of a modern city at dusk, long exposure
+a lighthouse on a cliff in a storm
+a wooden cabin in a pine forest in winter
+a library with tall shelves and a spiral staircase
+a waterfall in a tropical jungle
+sand dunes under a starry sky
+a field of sunflowers below a cloudy sky
+an aerial view of a winding river in autumn
+a harbour full of small fishing boats, early morning fog
+a bookshop window with a sign that says "OPEN"
+a chalkboard with the words "soup of the day"
+a birthday cake with the number 30 on it
+a watercolour painting of a bowl of cherries
+an oil painting of a ship at sea
+a pencil sketch of an old oak tree
+a flat vector illustration of a rocket
+a pixel art castle on a hill
+a low-poly 3D render of a small island
+a black and white photo of a jazz trumpeter
+a comic panel of a detective under a street lamp
+a stained glass window with a peacock
+an isometric illustration of a coffee shop
+a paper-cut landscape with layered mountains
+three green apples and one red apple on a table
+a small yellow ball on top of a large blue cube
+a robot watering plants in a greenhouse
+an astronaut reading a newspaper on a park bench
+""".strip().split("\n")
+
 
 class MultimodalEncoder:
     """A Qwen3-VL that reads images with the language model of a text-to-image pipeline.

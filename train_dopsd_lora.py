@@ -115,7 +115,7 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
 import pipeline_dopsd
-from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of, repository_config
+from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, MultimodalEncoder, family_of, repository_config
 
 
 # Raises if the minimal version of diffusers is not installed.
@@ -142,7 +142,7 @@ MAY_CHANGE = {
 # when flags would have no effect: in words, as a function of the arguments, and which flags
 IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
-    ("without --prior_prompts", lambda a: not a.prior_prompts, ["prior_every"]),
+    ("with --prior_prompts none", lambda a: a.prior_prompts == "none", ["prior_every"]),
     ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
     ("without metadata.jsonl or metadata.csv", lambda a: os.path.isdir(a.instance_data_dir or "") and not any(
         Path(a.instance_data_dir).glob("metadata.*")), ["image_column", "caption_column", "reference_column"]),
@@ -239,7 +239,7 @@ def add_shared_arguments(parser):
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
     add("--teacher_image", choices=["target", "other"], default="target", help="It sees the image itself, or the next one.")
     add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
-    add("--prior_prompts", help="Text file of prompts, one a line, that the model is to go on drawing as it does.")
+    add("--prior_prompts", help="File of prompts, one a line, that it is to go on drawing as it does; or none. Default: a list of its own.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
     add = parser.add_argument_group("training").add_argument
@@ -554,10 +554,12 @@ def hash_image(source):
 
 
 def read_prior_prompts(args):
-    """The lines of --prior_prompts. Raises ValueError where they cannot be read, or there are none."""
+    """The lines of --prior_prompts, or the built-in ones. Raises ValueError where they cannot be read, or there are none."""
+    if args.prior_prompts in (None, "none"):
+        return [] if args.prior_prompts else PRIOR_PROMPTS
     flag = f"--prior_prompts {args.prior_prompts}"
-    prompts = read_lines(Path(args.prior_prompts), flag) if args.prior_prompts else []
-    if args.prior_prompts and not prompts:
+    prompts = read_lines(Path(args.prior_prompts), flag)
+    if not prompts:
         raise ValueError(f"{flag} holds no prompt: write one on each line.")
     return prompts
 
@@ -739,6 +741,8 @@ def check_contexts(family, args, dataset, pairs):
 
 def place_of(dataset, index, caption, args):
     """Where a caption or prompt stands."""
+    if index is None and args.prior_prompts is None:
+        return "the built-in --prior_prompts"
     if index is None:
         lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
         return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
@@ -1948,7 +1952,7 @@ def log_steps(pending, started, bar, args, training):
         loss = sum(sums) / sum(counts)
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
-        if not (args.prior_prompts and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
+        if not (args.prior_prompts != "none" and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
             training.history.append((loss, grad_norm))
     warn_once(training)
     bar.set_postfix(loss=loss, lr=lr)

@@ -205,7 +205,7 @@ def flags(base, vlm, images, tmp_path_factory):
         "pretrained_model_name_or_path": base, "vlm_model_name_or_path": vlm, "instance_data_dir": images,
         "context_cache_dir": tmp_path_factory.mktemp("contexts"), "resolution": 32, "rank": 4, "rollout_steps": 2,
         "max_train_steps": 2, "learning_rate": 1e-2, "ema_decay": 0.9, "validation_steps": 0, "report_to": "none",
-        "mixed_precision": "no",
+        "mixed_precision": "no", "prior_prompts": "none",
     }  # fmt: skip
 
     def command(output_dir, *switches, **changes):

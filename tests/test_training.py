@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_dopsd_lora as script
 from conftest import LORA, WEIGHTS, patch_velocity, run_two_processes
-from pipeline_dopsd import DOPSDZImagePipeline
+from pipeline_dopsd import PRIOR_PROMPTS, DOPSDZImagePipeline
 
 
 def tensors_of(folder):
@@ -279,9 +279,11 @@ def test_validation_pictures(train_any, tmp_path):
     assert student[0] != teacher[0]
 
 
-def test_prior_prompts_have_a_teacher_that_sees_no_image(train_any, pipeline, tmp_path, monkeypatch):
-    """With an image in its context, the teacher would teach the concept on the very prompts that are to stay as they are."""
-    prompts, seen, velocity = ["a red car", "a small blue door"], [], DOPSDZImagePipeline.velocity
+@pytest.mark.parametrize("given", [True, False])
+def test_prior_prompts_have_a_teacher_that_sees_no_image(given, train_any, pipeline, tmp_path, monkeypatch):
+    """With an image in its context, the teacher would teach the concept on the very prompts that are to stay as they are; without
+    prompts where none are named, a user's model would forget them."""
+    prompts, seen, velocity = ["a red car", "a small blue door"] if given else PRIOR_PROMPTS, [], DOPSDZImagePipeline.velocity
     (tmp_path / "prior.txt").write_text("\n\n".join(prompts) + "\n")
 
     def recorded(self, transformer, latents, timestep, contexts):
@@ -290,7 +292,7 @@ def test_prior_prompts_have_a_teacher_that_sees_no_image(train_any, pipeline, tm
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, recorded)
     train_any(
-        tmp_path / "out", prior_prompts=tmp_path / "prior.txt", prior_every=3, max_train_steps=6, rollout_steps=1,
+        tmp_path / "out", prior_prompts=tmp_path / "prior.txt" if given else None, prior_every=3, max_train_steps=6, rollout_steps=1,
         train_batch_size=2, validation_steps=0, context_cache_dir=tmp_path / "cache",
     )  # fmt: skip
     teacher, student = seen[0::2], seen[1::2]

@@ -1,53 +1,49 @@
-"""D-OPSD, SFT and DreamBooth on every concept of a miniature, each at the same learning rates; and the control.
+"""D-OPSD beside other ways of fine-tuning a step-distilled model, on the miniatures, with the LoRA that users get by default.
 
-    python examples/miniature/compare.py --work_dir build/compare
-    python examples/miniature/compare.py --work_dir build/compare_klein --model klein --seeds 4 --rates 1e-3 3e-3
+    python examples/miniature/compare.py                                       # the Z-Image miniature
+    python examples/miniature/compare.py --methods sft prior --concepts arrow  # a part of it
+    python examples/miniature/compare.py --model klein
 
-All methods train the same LoRA (the layers through which the text reaches the network: the context refiner of Z-Image, the
-text half of klein's double-stream blocks) at the same rank with the same optimiser, batch, pictures and captions, and get the
-same number of transformer passes (a forward or a backward of one image): a D-OPSD step costs 12 per image at K = 4 (teacher
-forward, student forward and backward at each state), an SFT step 2, a DreamBooth step 4. With prior prompts, a third of the
-D-OPSD steps is on those. Each method's learning rate is picked by the same rule, the highest sum of concept accuracy and
-unrelated accuracy; with --training_seeds, that rate is trained with further seeds. The control is D-OPSD whose teacher is shown
-pictures of ANOTHER concept. On klein, D-OPSD has four teachers: they see a picture in the multimodal context or as a reference
-image, the training picture itself or another one of the set; all with prior prompts. Finished runs are kept in --work_dir and
-not run again.
+All methods train the same LoRA with the same optimiser, pictures, captions and batch of 2 for 1,152 transformer passes, a fifth of
+what D-OPSD takes with all states in 120 steps of 4. Each has three learning rates, and more of them where the best is at an end; the
+one with the highest sum of concept accuracy and unrelated accuracy, mean over three concepts with the training seed 0, is trained
+on all concepts and with further seeds. trials.py says what a pass is and where finished runs are kept.
 """
 
 import argparse
-import json
+import functools
 import multiprocessing
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+import trials
 from PIL import Image
+from trials import K, Variant, script, shown, worth
 
 import world
 from concepts import CONCEPTS, training_pictures
-from evaluate import HERE, STEPS, concept_accuracy, load_pipeline, spread, unrelated_accuracy
-from judge import Judge
+from evaluate import HERE
 
 
-PASSES = {"sft": 2, "dreambooth": 4}  # of the transformer, per image and step; D-OPSD's methods take 12
-NAMES = {
-    "dopsd": "D-OPSD", "prior": "D-OPSD with prior prompts", "sft": "SFT", "dreambooth": "DreamBooth",
-    "control": "D-OPSD, teacher shown wrong pictures", "vlm_target": "D-OPSD, vlm, target", "vlm_other": "D-OPSD, vlm, other",
-    "edit_target": "D-OPSD, edit, target", "edit_other": "D-OPSD, edit, other",
-}  # fmt: skip
-METHODS = {"model": ("dopsd", "prior", "sft", "dreambooth"), "klein": ("sft", "vlm_target", "vlm_other", "edit_target", "edit_other")}
-LAYERS = {
-    "model": ["context_refiner"],
-    "klein": ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.linear_in", "ff_context.linear_out"],
-}  # fmt: skip
-CONTROLLED = {"model": "dopsd", "klein": "vlm_target"}
+sys.path.insert(0, str(HERE.parent))
+
+import train_sft  # noqa: E402
 
 
+SHARE, BATCH = 0.2, 2
+SEARCHED = ["arrow", "cored_house", "ember"]
+# of Student's t for 2, 3, .. values
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+PSO_BETA = 30.0  # 1 / standard deviation of the margin after some 50 steps
+
+
+# ------------------------------------------------------------------------------------------------- what they train on
 def wrong_folder(name, folder):
     """The concept's captions beside pictures of the next concept."""
     names = list(CONCEPTS)
     pictures = training_pictures(CONCEPTS[names[(names.index(name) + 1) % len(names)]])
+    folder = folder / f"{name}-wrong"
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         picture.save(folder / f"{name}_{i}.png")
@@ -55,120 +51,255 @@ def wrong_folder(name, folder):
     return folder
 
 
-# of train_dopsd_lora.py alone
-DOPSD_FLAGS = ["--vlm_model_name_or_path", HERE / "vlm", "--num_inference_steps", STEPS, "--report_to", "none", "--checkpointing_steps", 100_000]
+class Recorder:
+    """A cache of contexts that remembers of what it was asked for one."""
+
+    def __init__(self, cache):
+        self.cache, self.asked = cache, []
+
+    def read(self, row, shown_row, caption):
+        self.asked.append((row and row["image_hash"], caption))
+        return self.cache.read(row, shown_row, caption)
 
 
-def training_flags(model, data, folder, rate, seed):
-    """What all runs on a miniature have in common."""
-    flags = ["--pretrained_model_name_or_path", HERE / model, "--instance_data_dir", data, "--output_dir", folder]
-    flags += ["--resolution", world.RESOLUTION, "--learning_rate", rate, "--seed", seed, "--lr_scheduler", "cosine"]
-    return [*flags, "--mixed_precision", "no"]
+class Baseline:
+    """Takes the place of the script's `make_batch` and `rollout`; knows x_0 of each drawn picture.
+
+    Args:
+        loss: makes, of this object, the transformer, the teacher and the batch, the losses (B,).
+        drawn: x_0 is a picture that the model draws in K steps: of "teacher", which sees the training picture, of "student".
+    """
+
+    def __init__(self, loss, drawn, data, lent):
+        self.loss, self.drawn, self.lent, self.latents, self.samples = loss, drawn, lent, {}, {}
+        self.make, self.rollout = script.make_batch, script.rollout
+        for file in sorted(data.glob("*.png")):
+            source = {"path": str(file), "bytes": None}
+            self.latents[script.hash_image(source)] = train_sft.encode(lent, [Image.open(file).convert("RGB")], [])[0]
+
+    def functions(self):
+        return {"make_batch": self.make_batch, "rollout": self.baseline_rollout}
+
+    def make_batch(self, pipeline, rows, cache, draws, prior_prompts, args, device):
+        recorder = Recorder(cache)
+        batch = self.make(pipeline, rows, recorder, draws, prior_prompts, args, device)
+        self.asked = recorder.asked
+        self.x0 = None if prior_prompts else torch.cat([self.latents[image] for image, _ in self.asked])
+        return batch
+
+    def baseline_rollout(self, pipeline, transformer, teacher, batch, args, accelerator):
+        if self.x0 is None:  # of prior prompts
+            yield from self.rollout(pipeline, transformer, teacher, batch, args, accelerator)
+        else:
+            self.shift = train_sft.shift_of(pipeline, self.x0, K)
+            yield torch.zeros(len(self.x0), dtype=torch.long), self.loss(self, pipeline, transformer, teacher, batch)
+
+    @torch.no_grad()
+    def pictures(self, pipeline, teacher, batch, count=4):
+        """x_0 that teacher or student draws for each asked context in K steps, one of `count` that are kept, at random."""
+        noise, student, taught, _ = batch
+        found = []
+        for asked, context in zip(self.asked, taught if self.drawn == "teacher" else student):
+            if asked not in self.samples:
+                with teacher.network() as network:  # with a decay of 1, the base
+                    latents = torch.cat([pipeline.initial_noise(world.RESOLUTION, world.RESOLUTION, torch.Generator().manual_seed(i)) for i in range(count)])
+                    for timestep in pipeline.few_step_grid(K, latents):
+                        velocity = pipeline.velocity(network, latents, timestep, [context] * count)
+                        latents = pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                self.samples[asked] = latents
+            found.append(self.samples[asked][torch.randint(count, (1,))])
+        return torch.cat(found)
+
+    def noised(self, x0):
+        """States x_s at times over the whole schedule, s and noise - x0."""
+        u, noise = torch.rand(len(x0)), torch.randn_like(x0)
+        sigmas = self.shift * u / (1 + (self.shift - 1) * u)
+        s = sigmas.view(-1, 1, 1, 1)
+        return (1 - s) * x0 + s * noise, sigmas, noise - x0
 
 
-def train(job):
-    """Trains one LoRA, unless it is there, and returns its folder."""
-    method, name, rate, seed, args = job
-    folder = args.work_dir / f"{name}-{method}-{rate:g}{f'-seed{seed}' if seed else ''}"
-    torch.set_num_threads(args.threads)
-    if not (folder / "pytorch_lora_weights.safetensors").exists():
-        sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-        import train_sft
+def flow_matching(pipeline, network, states, sigmas, wanted, contexts):
+    """|| v(x_s, s, c) - (noise - x_0) ||^2 of each image, mean over elements."""
+    return (pipeline.velocity(network, states, 1000 * sigmas, contexts) - wanted).square().flatten(1).mean(1)
 
-        import train_dopsd_lora
 
-        data = HERE / "concepts" / name
-        if method == "control":
-            data = wrong_folder(name, args.work_dir / f"{name}-wrong")
-        flags = training_flags(args.model, data, folder, rate, seed)
-        flags += ["--rank", 16, "--lora_layers", ",".join(LAYERS[args.model]), "--train_batch_size", 4]
-        flags += ["--max_train_steps", args.steps * 12 // PASSES.get(method, 12)]
-        if method not in PASSES:
-            flags += [*DOPSD_FLAGS, "--validation_steps", 0, "--ema_decay", args.ema_decay, "--states_per_rollout", 4]
-        if method == "prior" or (args.model == "klein" and method not in PASSES):
-            flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
-        if "_" in method:
-            context, image = method.split("_")
-            flags += ["--teacher_context", context, "--teacher_image", image, "--teacher_prompt_suffix", ""]
-        if method == "dreambooth":
-            flags += ["--class_prompt", *[f"a {shape}" for shape in world.SHAPES]]
-        module = train_sft if method in ("sft", "dreambooth") else train_dopsd_lora
-        module.main(module.parse_args([str(flag) for flag in flags]))
-    return folder
+def sft(baseline, pipeline, transformer, teacher, batch):
+    return flow_matching(pipeline, transformer, *baseline.noised(baseline.x0), batch[1])
+
+
+def sft_on_samples(baseline, pipeline, transformer, teacher, batch):
+    return flow_matching(pipeline, transformer, *baseline.noised(baseline.pictures(pipeline, teacher, batch)), batch[1])
+
+
+def dreambooth(baseline, pipeline, transformer, teacher, batch):
+    """SFT, and SFT on pictures that the base drew of the prior prompts."""
+    prompts = baseline.prompts = getattr(baseline, "prompts", None) or script.read_lines(HERE / "prior_prompts.txt")
+    chosen = [prompts[i] for i in torch.randint(len(prompts), (len(batch[1]),))]
+    contexts = [context_of(prompt) for prompt in chosen]
+    asked, own = baseline.asked, (batch[0], contexts, None, None)
+    baseline.asked = [(None, prompt) for prompt in chosen]
+    drawn = baseline.pictures(pipeline, teacher, own, count=1)
+    baseline.asked = asked
+    return sft(baseline, pipeline, transformer, teacher, batch) + flow_matching(pipeline, transformer, *baseline.noised(drawn), contexts)
+
+
+@functools.cache
+def context_of(prompt, model="model"):
+    return trials.measuring(model)[1].encode_student([prompt])[0]
+
+
+def off_policy(baseline, pipeline, transformer, teacher, batch):
+    """D-OPSD's loss at states of the few-step grid that are noised training pictures."""
+    noise, student, taught, drawn = batch
+    timesteps, k = pipeline.few_step_grid(K, noise), torch.tensor([states[0] for states in drawn])
+    s = pipeline.scheduler.sigmas[k].view(-1, 1, 1, 1)
+    states = (1 - s) * baseline.x0 + s * noise
+    with torch.no_grad(), teacher.network() as network:
+        wanted = pipeline.velocity(network, states, timesteps[k], taught)
+    return flow_matching(pipeline, transformer, states, timesteps[k] / 1000, wanted, student)
+
+
+def pso(baseline, pipeline, transformer, teacher, batch):
+    """Offline PSO: the training picture is preferred to what the base draws of the caption, at the same noise and time."""
+    margin, contexts = 0, batch[1]
+    states, sigmas, wanted = baseline.noised(baseline.x0)
+    for sign, x0 in ((1, baseline.x0), (-1, baseline.pictures(pipeline, teacher, batch))):
+        s, noise = sigmas.view(-1, 1, 1, 1), wanted + baseline.x0
+        states = (1 - s) * x0 + s * noise
+        with torch.no_grad(), teacher.network() as base:
+            reference = flow_matching(pipeline, base, states, sigmas, noise - x0, contexts)
+        margin = margin + sign * (flow_matching(pipeline, transformer, states, sigmas, noise - x0, contexts) - reference)
+    return -torch.nn.functional.logsigmoid(-PSO_BETA * margin)
+
+
+def without_picture(data, lent):
+    """The teacher's context is the student's."""
+    make = script.make_batch
+
+    def make_batch(*args):
+        noise, student, _ = make(*args)
+        return noise, student, student
+
+    return {"make_batch": make_batch}
+
+
+def baseline(loss, drawn=None):
+    return lambda data, lent: Baseline(loss, drawn, data, lent).functions()
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+FROZEN = {"ema_decay": 1.0}  # the teacher is the base
+LOW, HIGH = (3e-5, 1e-4, 3e-4), (5e-4, 1e-3, 2e-3)
+METHODS = {
+    "sft": Variant("SFT", stand_in=baseline(sft), cost=2, rates=LOW, prior=False),
+    "sft_prior": Variant("SFT with the same prior prompts", stand_in=baseline(sft), cost=2.5, flags=FROZEN | {"prior_every": 5}, rates=HIGH),
+    "dreambooth": Variant("DreamBooth", stand_in=baseline(dreambooth, "student"), cost=4, flags=FROZEN, rates=LOW, prior=False),
+    "samples": Variant("SFT on the teacher's samples", stand_in=baseline(sft_on_samples, "teacher"), cost=2, flags=FROZEN, rates=LOW, prior=False),
+    "pso": Variant("PSO", stand_in=baseline(pso, "student"), cost=6, flags=FROZEN, rates=LOW, prior=False),
+    "off_policy": Variant("off-policy D-OPSD with prior prompts", stand_in=baseline(off_policy), cost=3.5, rates=HIGH),
+    "paper": Variant("D-OPSD, all states, no prior prompts (the paper's)", states=K, rates=HIGH, prior=False),
+    "dopsd": Variant("D-OPSD without prior prompts", rates=HIGH, prior=False),
+    "prior": Variant("D-OPSD with prior prompts", rates=HIGH),
+}  # fmt: skip
+# at the rate of D-OPSD with prior prompts
+CONTROLS = {
+    "wrong": Variant("the same, teacher shown wrong pictures", folder=wrong_folder),
+    "no_picture": Variant("the same, teacher shown no picture", stand_in=without_picture),
+    "other": Variant("the same, teacher shown another picture of the set", flags={"teacher_image": "other"}),
+}  # fmt: skip
+VARIANTS = METHODS | CONTROLS
 
 
 def run(job):
-    """Trains one LoRA and measures it; returns and stores the figures."""
-    folder, (_, name, *_, args) = train(job), job
-    record = folder / "figures.json"
-    if not record.exists():
-        judge, pipeline = Judge.from_pretrained(HERE / "judge"), load_pipeline(folder, HERE / args.model)
-        results, images = concept_accuracy(pipeline, judge, CONCEPTS[name], range(args.seeds))
-        Image.fromarray(np.concatenate(images[0][:12], 1)).save(folder / "concept.png")
-        figures = {"concept": [share for share, _ in results], **unrelated_accuracy(pipeline, judge, range(args.seeds))}
-        record.write_text(json.dumps(figures))
-    return job[:-1], json.loads(record.read_text())
+    return trials.run(VARIANTS, job)
 
 
-def best_rate(results, method, name, rates):
-    """The rate with the highest sum of concept and unrelated accuracy, with the training seed 0."""
-    return max(rates, key=lambda r: sum(np.mean(results[method, name, r, 0][k]) for k in ("concept", "right")))
+def search(methods, pool, args):
+    """Trains each method at its rates on the searched concepts, with higher or lower ones while the best is at an end; returns it."""
+    rates, tried, best = {name: list(METHODS[name].rates) for name in methods}, {}, {}
+    while len(best) < len(methods):
+        jobs = [
+            (args.model, name, SHARE, concept, (BATCH, rate), 0, "", args)
+            for name in methods for rate in rates[name] for concept in args.searched if (name, rate) not in tried
+        ]  # fmt: skip
+        for (_, name, _, concept, (_, rate), *_), points in pool.imap_unordered(run, jobs):
+            tried.setdefault((name, rate), {})[concept] = points[-1]
+            print(name, concept, rate, shown(points[-1]), flush=True)
+        for name in methods:
+            at = max(rates[name], key=lambda rate: np.mean([worth(p) for p in tried[name, rate].values()]))  # noqa: B023
+            ordered = sorted(rates[name])
+            if at == ordered[0]:
+                rates[name].append(float(f"{at / (ordered[1] / at):.1g}"))
+            elif at == ordered[-1]:
+                rates[name].append(float(f"{at * (at / ordered[-2]):.1g}"))
+            else:
+                best[name] = at
+    return best, tried
+
+
+def interval(values):
+    """Mean and half of the 95 % interval over training seeds."""
+    half = f" ± {T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) in T95 else ""
+    return f"{np.mean(values):.1f}{half}"
+
+
+def base_figures(args):
+    judge, pipeline = trials.measuring(args.model)
+    return {concept: trials.figures_of(pipeline, judge, concept, range(args.seeds), 30) for concept in args.concepts}
+
+
+def print_tables(found, best, tried, args):
+    columns = {
+        "concept": lambda p: 100 * np.mean(p["concept"]), "unrelated": lambda p: 100 * np.mean(p["right"]), "fine detail": lambda p: p["detail"],
+        "Frechet distance": lambda p: p["frechet"], "copying": lambda p: 100 * p["copying"], "concept, 30 steps": lambda p: 100 * p["slow"][0],
+        "unrelated, 30 steps": lambda p: 100 * p["slow"][1],
+    }  # fmt: skip
+    print(f"\nMean over the concepts {', '.join(args.concepts)}; ± 95 per cent interval over the training seeds\n")
+    print("| | learning rate | " + " | ".join(columns) + " | unrelated, less D-OPSD with prior prompts |\n|---" * 1 + "|---" * (len(columns) + 2) + "|")
+    mean = lambda name, figure: [np.mean([figure(p) for p in seed.values()]) for seed in found[name]]  # noqa: E731
+    for name in found:
+        label, rate = ("before", "") if name == "before" else (VARIANTS[name].label, f"{best[name]:g}")
+        cells = [label, rate, *(interval(mean(name, figure)) for figure in columns.values())]
+        difference = ""
+        if name not in ("before", "prior") and "prior" in found:
+            difference = interval(np.subtract(mean(name, columns["unrelated"]), mean("prior", columns["unrelated"])[: len(found[name])]))
+        print(f"| {' | '.join([*cells, difference])} |")
+    print("\nconcept right / unrelated right, per cent, mean over the training seeds\n")
+    print(f"| | {' | '.join(args.concepts)} |" + "\n|---" + "|---" * len(args.concepts) + "|")
+    for name, seeds in found.items():
+        label = "before" if name == "before" else VARIANTS[name].label
+        cells = [" / ".join(f"{np.mean([columns[c](seed[concept]) for seed in seeds]):.0f}" for c in ("concept", "unrelated")) for concept in args.concepts]
+        print(f"| {label} | {' | '.join(cells)} |")
+    print(f"\nThe search, training seed 0: learning rate: {', '.join(args.searched)}\n\n| | |\n|---|---|")
+    for name in best.keys() & METHODS.keys():
+        cells = [f"{rate:g}: " + ", ".join(shown(p[c]) for c in args.searched) for (n, rate), p in sorted(tried.items()) if n == name]
+        print(f"| {METHODS[name].label} | {'; '.join(cells)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("build/compare"))
-    parser.add_argument("--model", choices=list(METHODS), default="model", help="the Z-Image miniature or the klein miniature")
-    parser.add_argument("--methods", nargs="+", choices=[name for name in NAMES if name != "control"], help="default: all of the model")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--steps", type=int, default=120, help="D-OPSD steps; the others get the same transformer passes")
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--training_seeds", type=int, default=1, help="for each method's best rate; the other rates have one")
-    parser.add_argument("--threads", type=int, default=1, help="per run; as many runs at once as fit the cores")
+    parser.add_argument("--model", choices=["model", "klein"], default="model", help="the Z-Image miniature or the klein miniature")
+    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
+    parser.add_argument("--training_seeds", type=int, default=3)
+    trials.add_arguments(parser, "compare")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-
-    results, methods, controlled = {}, args.methods or METHODS[args.model], CONTROLLED[args.model]
-    jobs = [(method, name, rate, 0, args) for method in methods for name in CONCEPTS for rate in args.rates]
-    processes = max(1, multiprocessing.cpu_count() // args.threads)
-    # a fresh process for each run: accelerate keeps global state
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
-            results[key] = figures
-            print(key, {k: round(float(np.mean(v)), 3) for k, v in figures.items()}, flush=True)
-        best = {(method, name): best_rate(results, method, name, args.rates) for method in methods for name in CONCEPTS}
-        jobs = [(*key, rate, seed, args) for seed in range(1, args.training_seeds) for key, rate in best.items()]
-        if controlled in methods:
-            best |= {("control", name): best[controlled, name] for name in CONCEPTS}
-            jobs += [("control", name, best["control", name], 0, args) for name in CONCEPTS]
-        for key, figures in pool.imap_unordered(run, jobs, chunksize=1):
-            results[key] = figures
-
-    print("\n| concept | method | learning rate | concept right | unrelated prompts right | fine detail | Frechet distance |")
-    print("|---|---|---|---|---|---|---|")
-    for name in CONCEPTS:
-        for method in (*methods, *(["control"] if controlled in methods else [])):
-            rate = best[method, name]
-            f = results[method, name, rate, 0]
-            row = [name, NAMES[method], f"{rate:g}", spread(f["concept"]), spread(f["right"])]
-            row += [f"{f['detail']:.2f}", f"{f['frechet']:.0f}"]
-            print(f"| {' | '.join(row)} |")
-    print("\nAll learning rates: concept right / unrelated prompts right, per cent\n")
-    print("| concept | method | " + " | ".join(f"{r:g}" for r in args.rates) + " |\n|---|---" + "|---" * len(args.rates) + "|")
-    for name in CONCEPTS:
-        for method in methods:
-            cells = [results[method, name, r, 0] for r in args.rates]
-            cells = [f"{100 * np.mean(c['concept']):.0f} / {100 * np.mean(c['right']):.0f}" for c in cells]
-            print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
-    if args.training_seeds > 1:
-        print(f"\nTraining seeds 0 to {args.training_seeds - 1} at the best rate, per cent: mean over noise seeds for each\n")
-        print("| concept | method | concept right | unrelated prompts right |\n|---|---|---|---|")
-        for name in CONCEPTS:
-            for method in methods:
-                runs = [results[method, name, best[method, name], seed] for seed in range(args.training_seeds)]
-                cells = [", ".join(f"{100 * np.mean(f[k]):.0f}" for f in runs) for k in ("concept", "right")]
-                print(f"| {name} | {NAMES[method]} | {' | '.join(cells)} |")
+    args.searched = [name for name in SEARCHED if name in args.concepts]
+    if any(name in CONTROLS for name in args.methods) and "prior" not in args.methods:
+        parser.error("the controls take the learning rate of prior: add it to --methods")
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        best, tried = search([name for name in args.methods if name in METHODS], pool, args)
+        best |= {name: best["prior"] for name in args.methods if name in CONTROLS}
+        jobs = [
+            (args.model, name, SHARE, concept, (BATCH, best[name]), seed, "-whole", args)
+            for seed in range(args.training_seeds) for name in args.methods for concept in args.concepts
+        ]  # fmt: skip
+        found = {"before": [base_figures(args)]} | {name: [{} for _ in range(args.training_seeds)] for name in args.methods}
+        for (_, name, _, concept, _, seed, _), points in pool.imap(run, jobs):
+            found[name][seed][concept] = points[-1]
+            print(name, concept, f"seed {seed}", shown(points[-1]), flush=True)
+    print_tables(found, best, tried, args)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ def train(method, rate, args):
         script = [ROOT / "train_dopsd_full.py", "--context_cache_dir", args.work_dir / "contexts"]
         flags += ["--vlm_model_name_or_path", HERE / "vlm", "--report_to", "none", "--checkpointing_steps", 100_000]
         flags += ["--validation_steps", 0, "--ema_decay", args.ema_decay, "--states_per_rollout", 4]
-    if "prior" in method:
-        flags += ["--prior_prompts", HERE / "prior_prompts.txt"]
+        flags += ["--prior_prompts", HERE / "prior_prompts.txt" if "prior" in method else "none"]
     subprocess.run([sys.executable, *map(str, script), *map(str, flags)], check=True)
     return folder
 

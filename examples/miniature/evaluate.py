@@ -67,12 +67,12 @@ def spread(values):
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}"
 
 
-def concept_accuracy(pipeline, judge, concept, seeds, contexts=None):
+def concept_accuracy(pipeline, judge, concept, seeds, contexts=None, steps=STEPS):
     """Per seed, the share of held-out scenes in which all that makes up the concept is right, and the share for every
     attribute of the object and the style alone; and the pictures."""
     scenes = held_out_scenes(concept)
     contexts = contexts or pipeline.encode_student(captions(scenes, concept))
-    images = [sample(pipeline, contexts, seed) for seed in seeds]
+    images = [sample(pipeline, contexts, seed, steps) for seed in seeds]
     each = [accuracy(judge, pictures, scenes, ["shape", "colour", "pattern", "style"])[1] for pictures in images]
     return [(accuracy(judge, p, scenes, concept.shows)[0], shares) for p, shares in zip(images, each)], images
 
@@ -82,13 +82,13 @@ def mean_detail(images):
     return float(np.mean([detail(image) for image in images]))
 
 
-def unrelated_accuracy(pipeline, judge, seeds):
+def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
     """What a fine-tuned model still does with unrelated prompts: per seed, the share of scenes drawn right in shape, colour,
     pattern, background and position (`right`); the Frechet distance of all pictures to fresh drawings of the same scenes
     (`frechet`); the fine detail of the pictures relative to those drawings (`detail`)."""
     scenes = unrelated_scenes()
     contexts = pipeline.encode_student(captions(scenes))
-    images = [sample(pipeline, contexts, seed) for seed in seeds]
+    images = [sample(pipeline, contexts, seed, steps) for seed in seeds]
     real = [world.render(s, 50_000 + 100 * seed + i) for seed in seeds for i, s in enumerate(scenes)]
     shares = [accuracy(judge, pictures, scenes, UNRELATED)[0] for pictures in images]
     flat = [p for pictures in images for p in pictures]
