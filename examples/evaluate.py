@@ -54,7 +54,7 @@ WAYS = ["teacher_context", "teacher_image", "teacher_max_pixels", "teacher_promp
 # of the same model, for the first noises of a prompt: where few steps come to the same picture, no few-step ability is lost
 MANY_STEPS, MANY_NOISES = 30, 2
 SURROUNDINGS = ["on a beach at sunset", "in a snowy forest", "in a bright kitchen", "on a city street at night", "as an oil painting"]
-# what a model must still draw after a training; none is among examples/prior_prompts.txt, which a training may practise
+# what a model must still draw after a training; none is among the built-in prior prompts, which it practises
 ORDINARY = """\
 a smiling young man with curly hair, studio portrait
 an old fisherman mending a net in a harbour

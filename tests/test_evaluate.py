@@ -32,6 +32,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import train_dopsd_lora as script
 from conftest import LORA, ROOT, guarded_environment
 from hub_stand_in import HubStandIn
+from pipeline_dopsd import PRIOR_PROMPTS
 
 
 sys.path.append(str(ROOT / "examples" / "miniature"))
@@ -271,19 +272,20 @@ def test_mistake_of_flags_is_one_line(tmp_path):
         script.run(instruments.main, instruments.parse_args, list(map(str, words)))
 
 
-def test_models_of_the_hub_are_found_without_torchvision(encoders, tmp_path):
-    """Encoders by name are what a user has; a processor that asks for torchvision ends the run."""
+def test_models_of_the_hub_are_found_without_torchvision(reported, encoders, base, images, tmp_path):
+    """Models by name are what a user has; a processor that asks for torchvision ends the run, and nobody else may be asked."""
+    out, prompts = shutil.copytree(reported.folder, tmp_path / "out", ignore=shutil.ignore_patterns("evaluation")), tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, LINES)))
     with HubStandIn({}) as hub:
-        for name in ("image", "text"):
-            hub.upload(f"me/{name}", encoders / name)
-        code = (
-            f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); from PIL import Image; from examples.evaluate import *\n"
-            "for flag in ('image_encoder', 'image_text_encoder'): check_encoder(flag, f'me/{flag.split(\"_\")[1].replace(\"encoder\", \"image\")}')\n"
-            "print(Encoder('image_encoder', 'me/image', torch.device('cpu'), 2).images([Image.new('RGB', (50, 40))] * 3).shape)\n"
-            "assert 'torchvision' not in sys.modules"
-        )
-        result = subprocess.run([sys.executable, "-c", code], env=guarded_environment(tmp_path, hub.url), capture_output=True, text=True)
-    assert "(3, 32)" in result.stdout, result.stderr[-2000:]
+        for name, folder in (("base", base), ("image", encoders / "image"), ("text", encoders / "text")):
+            hub.upload(f"me/{name}", folder)
+        command = [sys.executable, ROOT / "examples" / "evaluate.py", "paper", "--output_dir", out, "--instance_data_dir", images, "--judge", "none"]
+        command += ["--pretrained_model_name_or_path", "me/base", "--image_encoder", "me/image", "--image_text_encoder", "me/text"]
+        environment = guarded_environment(tmp_path, hub.url)
+        result = subprocess.run([*command, "--paper_prompts", prompts], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list((out / "evaluation").glob("*.png"))) == 9 and len(json.loads((out / "paper.json").read_text())["figures"]["DINO-D"]) == 4
+    assert "torchvision" not in sys.modules and (tmp_path / "network.log").read_text() == ""
 
 
 def test_pictures_are_pooled_by_every_kind_of_encoder(encoders, tmp_path):
@@ -346,8 +348,7 @@ def test_paper_counts_what_the_judge_did_not_answer(reported, evaluate, vlm, cap
 
 def test_built_in_prompts_are_not_those_of_a_training():
     """What was practised would be measured."""
-    practised = (ROOT / "examples" / "prior_prompts.txt").read_text().splitlines()
-    assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(practised)
+    assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(PRIOR_PROMPTS)
 
 
 def test_documented_commands_have_real_flags():

@@ -1,11 +1,11 @@
 """Does examples/evaluate.py tell the truth? Its verdicts beside what trainings on the Z-Image miniature came to, by the judge.
 
-    python examples/miniature/calibrate.py --work_dir build/calibrate
+    python examples/miniature/calibrate.py
 
 For each case, a concept and a teacher, `evaluate.py teacher` scores the teacher before training; then a LoRA is trained with it (default layers, rank
 16, one state of each rollout, 128 steps of 2, rate 1e-3 on a cosine, decay .999, prior prompts) and the judge counts in how many held-out scenes it draws the concept.
 A wrong teacher is shown pictures of another concept, one without picture sees the prompt alone. Then `evaluate.py report` looks at trainings of
-several methods on the three concepts, and the judge says which learned the concept and which kept the unrelated prompts. Finished runs are entries of
+several methods on three concepts, and the judge says which learned the concept and which kept the unrelated prompts. Finished runs are entries of
 calibrate.json and are not run again.
 """
 
@@ -20,17 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import trials
 from accelerate.state import AcceleratorState, GradientState
 
-from compare import DOPSD_FLAGS, training_flags
+import compare
 from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes, write
 from evaluate import HERE, STEPS, captions, concept_accuracy, load_pipeline, unrelated_accuracy
 from judge import Judge
 
 
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-import train_sft  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
 
 from examples import evaluate as instruments  # noqa: E402
 
@@ -49,16 +48,19 @@ CASES = {
 TEACHERS = [
     *((name, "target") for name in CASES), *((name, "other") for name in CONCEPTS), ("arrow", "wrong"), ("cored_house", "wrong"), ("arrow", "none"),
 ]  # fmt: skip
+# label -> method of compare.py, learning rate
 METHODS = {
-    "D-OPSD with prior prompts": ("target", 1e-3), "D-OPSD": ("alone", 1e-3), "SFT 3e-4": ("sft", 3e-4), "SFT 1e-3": ("sft", 1e-3),
+    "D-OPSD with prior prompts": ("prior", 1e-3), "D-OPSD": ("dopsd", 1e-3), "SFT, 3e-4": ("sft", 3e-4), "SFT, 1e-3": ("sft", 1e-3),
 }  # fmt: skip
-NEW_PROMPTS, ORDINARY_PROMPTS, SFT_STEPS = 6, 16, 200
+TRAINED_WITH = {"target": "prior", "other": "other", "wrong": "wrong", "none": "no_picture"}
+BATCH = 2
+NEW_PROMPTS, ORDINARY_PROMPTS = 6, 16
 KEPT = 0.85  # of the unrelated prompts right: what the judge calls kept. Before training 92 to 94 per cent are
 
 
-def folder_of(name, args):
+def folder_of(name, work_dir):
     """Pictures and captions of a concept."""
-    committed, folder = HERE / "concepts" / name, args.work_dir / "data" / name
+    committed, folder = HERE / "concepts" / name, work_dir / name
     if not committed.exists() and not folder.exists():
         write(name, CASES[name], folder)
     return committed if committed.exists() else folder
@@ -79,34 +81,32 @@ def shown(name, teacher):
             encode(pipeline, *arguments)
 
     with unittest.mock.patch.object(script, "encode_batch", {"wrong": encode_wrong, "none": encode_text}.get(teacher, encode)):
-        yield
+        # a context without picture has no image tokens
+        with unittest.mock.patch.object(instruments, "token_statistics", lambda *_: []) if teacher == "none" else contextlib.nullcontext():
+            yield
 
 
-def call(module, flags):
-    """Runs a script in this process as a new one would."""
+def call(flags):
+    """Runs evaluate.py in this process as a new one would."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return module.main(module.parse_args([str(flag) for flag in flags]))
+    return instruments.main(instruments.parse_args([str(flag) for flag in flags]))
 
 
-def contexts_of(teacher, args):
-    return args.work_dir / f"contexts{'-' + teacher if teacher in ('wrong', 'none') else ''}"
-
-
-def train(name, teacher, rate, args):
+def train(name, method, rate, args):
     """Trains one LoRA, unless it is there, and returns its folder."""
-    folder = args.work_dir / f"{name}-{teacher}-{rate:g}"
-    if (folder / "pytorch_lora_weights.safetensors").exists():
+    folder, variant = args.work_dir / f"{name}-{method}-{rate:g}", compare.VARIANTS[method]
+    if (folder / script.LORA_WEIGHT_NAME).exists():
         return folder
-    flags = [*training_flags("model", folder_of(name, args), folder, rate, 0), "--rank", 16]
-    if teacher == "sft":
-        call(train_sft, [*flags, "--train_batch_size", 4, "--max_train_steps", SFT_STEPS])
-        return folder
-    flags += [*DOPSD_FLAGS, "--train_batch_size", 2, "--max_train_steps", 128, "--validation_steps", 0, "--ema_decay", 0.999]
-    flags += ["--context_cache_dir", contexts_of(teacher, args), "--teacher_image", "other" if teacher == "other" else "target"]
-    flags += [] if teacher == "alone" else ["--prior_prompts", HERE / "prior_prompts.txt"]
-    with shown(name, teacher):
-        call(script, flags)
+    steps = round(compare.SHARE * trials.WHOLE / variant.passes() / BATCH)
+
+    def save(pipeline, teacher, dataset, cache, flags, accelerator, step):
+        if step == steps:
+            weights = script.lora_state_dict(pipeline.transformer)
+            pipeline.save_lora_weights(folder, transformer_lora_layers=weights, weight_name=script.LORA_WEIGHT_NAME)
+
+    variant = replace(variant, folder=variant.folder or folder_of)
+    trials.train("model", variant, name, (BATCH, rate), steps, 0, save, args.work_dir)
     return folder
 
 
@@ -115,24 +115,22 @@ def judge():
     return Judge.from_pretrained(HERE / "judge")
 
 
-def judged(name, teacher, rate, args):
-    """What the judge says of a trained LoRA: shares right over noise seeds, of the concept and, of the three concepts, of unrelated prompts."""
-    pipeline = load_pipeline(train(name, teacher, rate, args))
+def judged(name, method, rate, args):
+    """What the judge says of a trained LoRA: shares right over noise seeds, of the concept and, for the reports, of unrelated prompts."""
+    pipeline = load_pipeline(train(name, method, rate, args))
     results, _ = concept_accuracy(pipeline, judge(), CASES[name], range(args.seeds))
     figures = {"concept": [right for right, _ in results]}
-    if teacher in ("target", "alone", "sft") and name in CONCEPTS:
-        figures |= unrelated_accuracy(pipeline, judge(), range(args.seeds))
-    return figures
+    return figures | (unrelated_accuracy(pipeline, judge(), range(args.seeds)) if (method, rate) in METHODS.values() and name in CONCEPTS else {})
 
 
 def evaluation_flags(name, folder, args):
     """Of `evaluate.py`, on the miniature."""
-    data = args.work_dir / "data"
+    data = args.work_dir / "folders"
     data.mkdir(parents=True, exist_ok=True)
     prompts, ordinary = data / f"{name}.prompts", data / "ordinary.prompts"
     prompts.write_text("\n".join(captions(held_out_scenes(CASES[name])[:NEW_PROMPTS], CASES[name])))
     ordinary.write_text("\n".join(captions(unrelated_scenes(ORDINARY_PROMPTS))))
-    flags = ["--pretrained_model_name_or_path", HERE / "model", "--instance_data_dir", folder_of(name, args), "--output_dir", folder]
+    flags = ["--pretrained_model_name_or_path", HERE / "model", "--instance_data_dir", folder_of(name, data), "--output_dir", folder]
     flags += ["--resolution", 64, "--num_inference_steps", STEPS, "--mixed_precision", "no", "--concept_prompts", prompts]
     flags += ["--image_encoder", HERE / "encoders" / "image", "--image_text_encoder", HERE / "encoders" / "text"]
     return [*flags, "--drawing_batch_size", 32, "--encoding_batch_size", 64], ["--ordinary_prompts", ordinary]
@@ -141,24 +139,23 @@ def evaluation_flags(name, folder, args):
 def score(name, teacher, args):
     """The figures of `evaluate.py teacher` for a case."""
     flags, _ = evaluation_flags(name, args.work_dir / f"{name}-teacher-{teacher}", args)
-    way = "other" if teacher == "other" else "target"
-    flags += ["--vlm_model_name_or_path", HERE / "vlm", "--context_cache_dir", contexts_of(teacher, args), "--teacher_image", way]
+    way, contexts = "other" if teacher == "other" else "target", f"contexts{'' if teacher in ('target', 'other') else '-' + teacher}"
+    flags += ["--vlm_model_name_or_path", HERE / "vlm", "--context_cache_dir", args.work_dir / contexts, "--teacher_image", way]
     with shown(name, teacher):
-        return call(instruments, ["teacher", *flags])["ways"][f"vlm, {way}"]
+        return call(["teacher", *flags])["ways"][f"vlm, {way}"]
 
 
-def look(name, teacher, rate, args):
-    """The record of `evaluate.py report` for a trained LoRA."""
-    flags, more = evaluation_flags(name, train(name, teacher, rate, args), args)
-    return call(instruments, ["report", *flags, *more, "--context_cache_dir", contexts_of(teacher, args)])
+def look(name, method, rate, args):
+    """The figures of `evaluate.py report` for a trained LoRA."""
+    flags, more = evaluation_flags(name, train(name, method, rate, args), args)
+    return call(["report", *flags, *more, "--context_cache_dir", args.work_dir / "contexts"])["figures"]
 
 
-def once(key, run, finished, args):
-    """Result of a run, from calibrate.json or now."""
+def once(key, run, finished):
+    """Runs what is no entry of calibrate.json yet, and makes it one."""
     if key not in finished:
         finished[key] = run()
         instruments.write_json(FINISHED, finished)
-    return finished[key]
 
 
 def ranks(values):
@@ -168,7 +165,7 @@ def ranks(values):
 
 
 def print_teachers(finished):
-    rows = sorted(((finished[f"score {n} {t}"], finished[f"judged {n} {t} 0.001"], n, t) for n, t in TEACHERS), key=lambda row: -row[0]["share"][0])
+    rows = sorted(((finished[f"score {n} {t}"], finished[f"judged {n} {TRAINED_WITH[t]} 0.001"], n, t) for n, t in TEACHERS), key=lambda row: -row[0]["share"][0])
     print("\n| concept | teacher | of the way to the training images | concept right after training, per cent |\n|---|---|---|---|")
     for figures, outcome, name, teacher in rows:
         print(f"| {name} | {teacher} | {instruments.shown(figures['share'])} | {100 * np.mean(outcome['concept']):.0f} |")
@@ -182,11 +179,11 @@ def print_reports(finished):
     print("|---" * (7 + len(figures)) + "|")
     counts = {"learned": np.zeros((2, 2), int), "kept": np.zeros((2, 2), int)}
     for name in CONCEPTS:
-        for method, (teacher, rate) in METHODS.items():
-            outcome, record = finished[f"judged {name} {teacher} {rate:g}"], finished[f"report {name} {teacher} {rate:g}"]
+        for label, (method, rate) in METHODS.items():
+            outcome, record = finished[f"judged {name} {method} {rate:g}"], finished[f"report {name} {method} {rate:g}"]
             table = instruments.report_verdict(record)
             answers = [row["answer"] for row in table]
-            cells = [name, method, *(f"{100 * np.mean(outcome[k]):.0f}" for k in ("concept", "right")), *(instruments.shown(record[f]) for f in figures)]
+            cells = [name, label, *(f"{100 * np.mean(outcome[k]):.0f}" for k in ("concept", "right")), *(instruments.shown(record[f]) for f in figures)]
             print(f"| {' | '.join(cells + answers)} |")
             truth = {"learned": np.mean(outcome["concept"]) >= 0.5, "kept": np.mean(outcome["right"]) >= KEPT}
             for (question, right), answer in zip(truth.items(), answers):
@@ -206,12 +203,12 @@ def main():
     torch.set_num_threads(1)
     finished = json.loads(FINISHED.read_text()) if FINISHED.exists() else {}
     for name, teacher in TEACHERS:
-        once(f"score {name} {teacher}", lambda n=name, t=teacher: score(n, t, args), finished, args)
-        once(f"judged {name} {teacher} 0.001", lambda n=name, t=teacher: judged(n, t, 1e-3, args), finished, args)
+        once(f"score {name} {teacher}", functools.partial(score, name, teacher, args), finished)
+        once(f"judged {name} {TRAINED_WITH[teacher]} 0.001", functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args), finished)
     for name in CONCEPTS:
-        for teacher, rate in METHODS.values():
-            once(f"judged {name} {teacher} {rate:g}", lambda n=name, t=teacher, r=rate: judged(n, t, r, args), finished, args)
-            once(f"report {name} {teacher} {rate:g}", lambda n=name, t=teacher, r=rate: look(n, t, r, args)["figures"], finished, args)
+        for method, rate in METHODS.values():
+            once(f"judged {name} {method} {rate:g}", functools.partial(judged, name, method, rate, args), finished)
+            once(f"report {name} {method} {rate:g}", functools.partial(look, name, method, rate, args), finished)
     print_teachers(finished)
     print_reports(finished)
 
