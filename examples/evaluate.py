@@ -417,13 +417,18 @@ def interval(statistic, *arrays, draws=1000):
     return [float(statistic(*arrays)), *map(float, np.percentile(values, [2.5, 97.5]))]
 
 
-def share_of_way(before, after, direction):
+def share_of_way(before, after, differences):
     """How far pictures with the features `after` have gone from those `before` towards the training images, as a share, (prompts, noises).
 
-    `direction` is the mean difference of a training image and the base's pictures of its caption, so that all that the caption
-    says falls out of it.
+    `differences` (images, dim) are those of each training image and the mean of the base's pictures of its caption, so that all that
+    the caption says falls out of them. What they have in common is the concept: the share is a projection on their mean, over its
+    squared length without the part that chance adds to it, and 1 in the mean for fresh pictures of the concept.
     """
-    return (after - before) @ direction / (direction @ direction)
+    direction, count = differences.mean(axis=0), len(differences)
+    biased = length = direction @ direction
+    if count > 1:
+        length = (count * biased - np.square(differences).sum(axis=1).mean()) / (count - 1)
+    return (after - before) @ direction / max(length, biased / 4)  # images that have little in common tell no length
 
 
 def told_apart(pictures, texts):
@@ -511,13 +516,13 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
         features = {name: look.images(own).reshape(len(pairs), args.noise_seeds, -1) for name, own in files.items()}
         images = look.images([dopsd.training_image(dataset[index]) for index, _ in captions])
     student = features.pop("student")
-    direction = (images - student[: len(captions)].mean(axis=1)).mean(axis=0)
+    differences = images - student[: len(captions)].mean(axis=1)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = read.texts([prompt for _, prompt in pairs])
         follows = {name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts) for name, own in files.items()}
     ways = {}
     for name, own in features.items():
-        new = share_of_way(student, own, direction)
+        new = share_of_way(student, own, differences)
         ways[name] = {"share": interval(np.mean, new), "captions": float(new[: len(captions)].mean())}
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
     own = distance(student[: len(captions)], images[:, None]).mean() / spread_over_noises(student[: len(captions)]).mean()
@@ -647,7 +652,7 @@ def measure_report(files, parts, images, args, accelerator):
     count = {part: len(prompts) for part, prompts in parts.items()}
     with encoder("image_encoder", args, accelerator) as look:
         f = {key: look.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1) for key, own in files.items()}
-        direction = (look.images(images) - f["concept", "base", "few"][: len(images)].mean(axis=1)).mean(axis=0)
+        differences = look.images(images) - f["concept", "base", "few"][: len(images)].mean(axis=1)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = {part: read.texts(prompts) for part, prompts in parts.items()}
         t = {key: read.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1) for key, own in files.items() if key[2] == "few"}
@@ -656,10 +661,10 @@ def measure_report(files, parts, images, args, accelerator):
         key: np.array([detail(np.asarray(Image.open(p).convert("RGB"))) for p in tqdm(own, "Detail", delay=5)]).reshape(count[key[0]], -1)
         for key, own in files.items()
     }
-    return figures_of(f, t, fine, direction)
+    return figures_of(f, t, fine, differences)
 
 
-def figures_of(f, t, fine, direction):
+def figures_of(f, t, fine, differences):
     """The figures of `measure_report` from features `f`, `told_apart` `t` and `detail` `fine` of each (part, who, steps)."""
     base, tuned = f["ordinary", "base", "few"], f["ordinary", "tuned", "few"]
     moved, seeds = distance(base, tuned), spread_over_noises(base)
@@ -668,10 +673,10 @@ def figures_of(f, t, fine, direction):
     ratio = lambda a, b: a.mean() / b.mean()  # noqa: E731
     change = lambda a, b: a.mean() - b.mean()  # noqa: E731
     return {
-        "learned": interval(np.mean, share_of_way(f["concept", "base", "few"], f["concept", "tuned", "few"], direction)),
+        "learned": interval(np.mean, share_of_way(f["concept", "base", "few"], f["concept", "tuned", "few"], differences)),
         "concept_follows": interval(change, t["concept", "tuned", "few"], t["concept", "base", "few"]),
         "drift": interval(ratio, moved, seeds),
-        "leak": interval(np.mean, share_of_way(base, tuned, direction)),
+        "leak": interval(np.mean, share_of_way(base, tuned, differences)),
         "ordinary_follows": interval(lambda a, b: a.mean() / b.mean(), t["ordinary", "tuned", "few"], t["ordinary", "base", "few"]),
         "detail": interval(ratio, fine["ordinary", "tuned", "few"], fine["ordinary", "base", "few"]),
         "gap": interval(ratio, steps["tuned"], steps["base"]),

@@ -20,6 +20,7 @@ from transformers import (
     BertModel,
     ConvNextConfig,
     ConvNextModel,
+    VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -82,7 +83,7 @@ def stage_image(args):
     sizes = {"num_stages": 3, "hidden_sizes": [40, 80, 112], "depths": [1, 2, 1]}
     model = ConvNextModel(ConvNextConfig(**sizes, image_size=world.RESOLUTION, layer_scale_init_value=1.0)).to(device())
     heads = torch.nn.ModuleDict({name: torch.nn.Linear(112, len(options)) for name, options in ATTRIBUTES.items()}).to(device())
-    run = Run(args, "image", model, max(4, int(800 * args.scale)), 3e-3, extra_parameters=heads.parameters())
+    run = Run(args, "image", model, max(4, int(1500 * args.scale)), 3e-3, extra_parameters=heads.parameters())
 
     def loss_of(rng):
         picks = rng.integers(held_out, len(pictures), 64)
@@ -106,10 +107,10 @@ def stage_text(args):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     reader = BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, pad_token_id=tokenizer.pad_token_id))
     eyes = ConvNextModel.from_pretrained(args.output_dir / "encoders" / "image", dtype=torch.float32)
-    model = VisionTextDualEncoderModel(vision_model=eyes, text_model=reader)
-    model.config.projection_dim = 64
-    model.visual_projection, model.text_projection = torch.nn.Linear(112, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
-    run = Run(args, "text", model.to(device()), max(4, int(400 * args.scale)), 1e-3)
+    eyes.config.hidden_size = 112  # the image-text model asks for it by this name
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(eyes.config, reader.config, projection_dim=64)
+    model = VisionTextDualEncoderModel(config, eyes, reader)
+    run = Run(args, "text", model.to(device()), max(4, int(300 * args.scale)), 1e-3)
 
     def logits_of(picks, x):
         words = {name: values[picks].to(device()) for name, values in tokens.items() if name != "token_type_ids"}
