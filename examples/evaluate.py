@@ -109,7 +109,7 @@ five candles in a row, only one of them lit
 a giraffe wearing a striped scarf
 a dragon asleep on a pile of books""".split("\n")
 # Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried them.
-WORTH, HOPELESS, KNOWN = 0.5, 0.25, 1.0
+WORTH, HOPELESS, KNOWN = 0.5, 0.3, 1.0
 LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 1.5, 0.15
 OUTLIER = 4.0
 
@@ -431,6 +431,22 @@ def share_of_way(before, after, differences):
     return (after - before) @ direction / max(length, biased / 4)  # images that have little in common tell no length
 
 
+def near(pictures, images, before):
+    """Whether each picture, of features (prompts, noises, dim), is as near to the training `images` (images, dim) as three in four of
+    these are to one another; (prompts, noises). About three in four fresh pictures of the concept are.
+
+    Prompts are in turn those of the images: of each picture its own image is left out, so that a copy of it counts for nothing. A
+    single image tells no distance; then half the way from the base's pictures `before` is asked for.
+    """
+    similarity, count = pictures @ images.T, len(images)
+    if count == 1:
+        return (similarity[..., 0] >= (1 + (before @ images[0]).mean()) / 2).astype(float)
+    others = 1 - np.eye(count)
+    limit = np.quantile((images @ images.T * others).sum(axis=1) / (count - 1), 0.25)
+    means = (similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1)
+    return (means >= limit).astype(float)
+
+
 def told_apart(pictures, texts):
     """Similarity of each picture (prompts, noises, dim) to its own prompt (prompts, dim) over the mean of the others; (prompts, noises)."""
     similarity = np.einsum("pnd,qd->pnq", pictures, texts)
@@ -522,8 +538,7 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
         follows = {name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts) for name, own in files.items()}
     ways = {}
     for name, own in features.items():
-        new = share_of_way(student, own, differences)
-        ways[name] = {"share": interval(np.mean, new), "captions": float(new[: len(captions)].mean())}
+        ways[name] = {"near": interval(np.mean, near(own, images, student)), "way": interval(np.mean, share_of_way(student, own, differences))}
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
     own = distance(student[: len(captions)], images[:, None]).mean() / spread_over_noises(student[: len(captions)]).mean()
     return ways, {"follows": float(follows["student"].mean()), "apart": float(own)}
@@ -532,17 +547,18 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
 def teacher_verdict(ways, student):
     """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make it; `student` has
     figures of the student."""
-    best = max((name for name in ways if ways[name]["trainable"]), key=lambda name: ways[name]["share"][0])
-    share = ways[best]["share"][0]
+    best = max((name for name in ways if ways[name]["trainable"]), key=lambda name: ways[name]["near"][0])
+    share, flags = ways[best]["near"][0], ways[best]["flags"]
+    drawn = f"{100 * share:.0f} % of its pictures are as near to the training images as most of these are to one another"
     if share >= WORTH:
-        text = f"Worth training with {ways[best]['flags']}: its teacher goes {100 * share:.0f} % of the way to the training images."
+        text = f"Worth training with {flags}: {drawn}."
     elif share >= HOPELESS:
-        text = f"Doubtful: the best teacher ({ways[best]['flags']}) goes {100 * share:.0f} % of the way; expect part of the concept. Look at teacher.png."
+        text = f"Doubtful: of the best teacher ({flags}), {drawn}. Expect part of the concept; look at teacher.png."
     else:
-        text = f"No teacher can draw this: the best ({best}) goes {100 * share:.0f} % of the way to the training images. Training will not teach it."
+        text = f"No teacher can draw this: of the best ({best}), {drawn}. Training will hardly teach it."
     if student["apart"] < KNOWN:
         text = f"The student's pictures differ from the training images no more than among themselves: there is little to learn. {text}"
-    better = [name for name in ways if not ways[name]["trainable"] and ways[name]["share"][1] > share]
+    better = [name for name in ways if not ways[name]["trainable"] and ways[name]["near"][1] > share]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
     if wild := [n for n, f in ways.items() if any(layer["image"] > OUTLIER * layer["text"] for layer in f["tokens"])]:
@@ -596,11 +612,11 @@ def teacher(args, accelerator):
 
 
 def print_teacher(record):
-    print("\n| teacher | of the way to the training images | on training captions | prompt followed, change | largest dimension, image / text tokens |")
+    print("\n| teacher | near the training images | of the way to them | prompt followed, change | largest dimension, image / text tokens |")
     print("|---|---|---|---|---|")
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
-        print(f"| {name} | {shown(f['share'])} | {f['captions']:.2f} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
+        print(f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
     print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others). Its pictures of "
           f"the captions are {record['student']['apart']:.1f} times as far from the training images as from one another.")  # fmt: skip
 
@@ -652,7 +668,7 @@ def measure_report(files, parts, images, args, accelerator):
     count = {part: len(prompts) for part, prompts in parts.items()}
     with encoder("image_encoder", args, accelerator) as look:
         f = {key: look.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1) for key, own in files.items()}
-        differences = look.images(images) - f["concept", "base", "few"][: len(images)].mean(axis=1)
+        images = look.images(images)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = {part: read.texts(prompts) for part, prompts in parts.items()}
         t = {key: read.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1) for key, own in files.items() if key[2] == "few"}
@@ -661,11 +677,14 @@ def measure_report(files, parts, images, args, accelerator):
         key: np.array([detail(np.asarray(Image.open(p).convert("RGB"))) for p in tqdm(own, "Detail", delay=5)]).reshape(count[key[0]], -1)
         for key, own in files.items()
     }
-    return figures_of(f, t, fine, differences)
+    return figures_of(f, t, fine, images)
 
 
-def figures_of(f, t, fine, differences):
-    """The figures of `measure_report` from features `f`, `told_apart` `t` and `detail` `fine` of each (part, who, steps)."""
+def figures_of(f, t, fine, images):
+    """The figures of `measure_report` from features `f`, `told_apart` `t` and `detail` `fine` of each (part, who, steps), and the
+    features of the training images."""
+    before, after = (f["concept", who, "few"] for who in ("base", "tuned"))
+    differences = images - before[: len(images)].mean(axis=1)
     base, tuned = f["ordinary", "base", "few"], f["ordinary", "tuned", "few"]
     moved, seeds = distance(base, tuned), spread_over_noises(base)
     same = f["concept", "base", "many"].shape[1]  # noises that are drawn in many steps, too
@@ -673,7 +692,8 @@ def figures_of(f, t, fine, differences):
     ratio = lambda a, b: a.mean() / b.mean()  # noqa: E731
     change = lambda a, b: a.mean() - b.mean()  # noqa: E731
     return {
-        "learned": interval(np.mean, share_of_way(f["concept", "base", "few"], f["concept", "tuned", "few"], differences)),
+        "learned": interval(np.mean, near(after, images, before)),
+        "way": interval(np.mean, share_of_way(before, after, differences)),
         "concept_follows": interval(change, t["concept", "tuned", "few"], t["concept", "base", "few"]),
         "drift": interval(ratio, moved, seeds),
         "leak": interval(np.mean, share_of_way(base, tuned, differences)),
@@ -701,7 +721,7 @@ def spread_over_noises(features):
 def report_verdict(figures):
     """Rows of question, answer, figure and limit, from the figures of `measure_report`."""
     rows = [
-        ("Concept learned", ["learned"], f"at least {LEARNED:g} of the way to the training images"),
+        ("Concept learned", ["learned"], f"at least {LEARNED:.0%} of pictures as near to the training images as most of these are to one another"),
         ("Other prompts kept", ["drift", "detail"], f"drift at most {DRIFT:g} of the spread over noises, fine detail within {DETAIL:.0%} of the base's"),
         ("Few-step ability kept", ["gap"], f"few against {MANY_STEPS} steps: at most {GAP:g} times the base's difference"),
     ]
@@ -768,7 +788,8 @@ def markdown_table(record):
 
 
 FIGURES = {
-    "learned": "of the way from the base's pictures to the training images, in the image encoder's space; 0 before training",
+    "learned": "of the pictures with the concept that are as near to the training images as three in four of these are to one another",
+    "way": "of the way from the base's pictures to the training images, in the image encoder's space; 0 before training",
     "concept_follows": "change of the similarity of a picture to its own prompt over that to the others, prompts with the concept",
     "drift": "distance of base and tuned model on ordinary prompts, same noise, over the distance between two noises of the base",
     "leak": "of the way to the training images that ordinary prompts have gone; 0 before training",

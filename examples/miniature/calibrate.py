@@ -165,11 +165,11 @@ def ranks(values):
 
 
 def print_teachers(finished):
-    rows = sorted(((finished[f"score {n} {t}"], finished[f"judged {n} {TRAINED_WITH[t]} 0.001"], n, t) for n, t in TEACHERS), key=lambda row: -row[0]["share"][0])
-    print("\n| concept | teacher | of the way to the training images | concept right after training, per cent |\n|---|---|---|---|")
+    rows = sorted(((finished[f"score {n} {t}"], finished[f"judged {n} {TRAINED_WITH[t]} 0.001"], n, t) for n, t in TEACHERS), key=lambda row: -row[0]["near"][0])
+    print("\n| concept | teacher | near the training images | concept right after training, per cent |\n|---|---|---|---|")
     for figures, outcome, name, teacher in rows:
-        print(f"| {name} | {teacher} | {instruments.shown(figures['share'])} | {100 * np.mean(outcome['concept']):.0f} |")
-    scores, outcomes = [row[0]["share"][0] for row in rows], [np.mean(row[1]["concept"]) for row in rows]
+        print(f"| {name} | {teacher} | {instruments.shown(figures['near'])} | {100 * np.mean(outcome['concept']):.0f} |")
+    scores, outcomes = [row[0]["near"][0] for row in rows], [np.mean(row[1]["concept"]) for row in rows]
     print(f"\nRank correlation of the {len(rows)} cases: {np.corrcoef(ranks(scores), ranks(outcomes))[0, 1]:.2f}")
 
 
@@ -204,6 +204,7 @@ def main():
     finished = json.loads(FINISHED.read_text()) if FINISHED.exists() else {}
     for name, teacher in TEACHERS:
         once(f"score {name} {teacher}", functools.partial(score, name, teacher, args), finished)
+    for name, teacher in TEACHERS:
         once(f"judged {name} {TRAINED_WITH[teacher]} 0.001", functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args), finished)
     for name in CONCEPTS:
         for method, rate in METHODS.values():
