@@ -460,6 +460,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
         "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     ]  # fmt: skip
+    hidden_layer = -2  # of text encoder and VLM: what the transformer reads
     default_num_inference_steps = 8
     distilled_bases = "Tongyi-MAI/Z-Image-Turbo"
     transformer_class = ZImageTransformer2DModel
@@ -507,7 +508,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
 
     def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
         """Teacher context c_t: last-but-one hidden states of ALL tokens (chat, vision, text), per prompt and image."""
-        return [{"prompt_embeds": layers[-2].clone()} for layers in self.multimodal_encoder.hidden_states(prompts, images)]
+        return [{"prompt_embeds": layers[self.hidden_layer].clone()} for layers in self.multimodal_encoder.hidden_states(prompts, images)]
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""

@@ -1404,16 +1404,22 @@ def identity_of(args, dataset, cache):
 
 def sample_weights(args):
     """Checksum over samples of the files of the base's transformer, whose gigabytes are not read."""
-    base, samples = Path(args.pretrained_model_name_or_path), []
+    base = Path(args.pretrained_model_name_or_path)
     if not base.is_dir():
         base = Path(snapshot_download(str(base), revision=args.revision, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
-    for path in sorted(base.glob("transformer/*.safetensors")):
-        if len(path.name.split(".")) == (3 if args.variant else 2) and f".{args.variant or ''}" in path.name:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                for k in range(64):
-                    file.seek(size * k // 64)
-                    samples.append(file.read(4096).hex())
+    files = sorted(base.glob("transformer/*.safetensors"))
+    return sample_files(p for p in files if len(p.name.split(".")) == (3 if args.variant else 2) and f".{args.variant or ''}" in p.name)
+
+
+def sample_files(paths):
+    """Checksum over samples of files."""
+    samples = []
+    for path in paths:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            for k in range(64):
+                file.seek(size * k // 64)
+                samples.append(file.read(4096).hex())
     return digest_of(samples)
 
 
@@ -1670,6 +1676,22 @@ def repository_name(args):
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
+def result_weights(args):
+    """Checksum over samples of the weights in OUTPUT_DIR."""
+    folder = Path(args.output_dir)
+    return sample_files(p for p in [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))] if p.exists())
+
+
+def measured(args):
+    """What OUTPUT_DIR/report.json, which examples/evaluate.py writes, says of these very weights, as a table; a sentence without one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        report = json.loads((Path(args.output_dir) / "report.json").read_text("utf-8"))
+        rows = [f"| {row['question']} | {row['answer']} | {row['figure']} | {row['limit']} |" for row in report["table"]]
+        if report["weights"] == result_weights(args):
+            return "\n".join(["", "| | | measured, with 95 % interval | limit |", "|---|---|---|---|", *rows])
+    return "How well it still draws what the base can draw was not measured by the training script."
+
+
 def save_card(args, samples, step, name, about, loading, tags):
     """Writes README.md.
 
@@ -1722,7 +1744,7 @@ image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resol
 ## Limits
 
 It draws what its teacher could draw when it saw the training images, at the steps above, from {given} and without guidance.
-How well it still draws what the base can draw was not measured by the training script.
+{measured(args)}
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 

@@ -436,9 +436,8 @@ def stage_vae_refined(args):
 
 
 # -------------------------------------------------------------------------------------------------------------- judge
-def _judge_scene(job):
-    """A labelled picture for the judge, whose world includes the concepts and any number of specks."""
-    index, seed = job
+def judge_scene(index, seed):
+    """A scene and its picture for the judge, whose world includes the concepts and any number of specks."""
     rng = np.random.default_rng([seed, index, 3])
     scene = world.sample_scene(rng, new=rng.random() < 0.1)
     if rng.random() < 0.5:
@@ -448,14 +447,20 @@ def _judge_scene(job):
     scene = replace(scene, specks=int(rng.integers(9)))
     if rng.random() < 0.3:
         scene = replace(scene, style=world.NEW_STYLE if rng.random() < 0.5 else f"random-{rng.integers(2**31)}")
-    return world.render(scene, int(rng.integers(2**31))), {a: label(scene, a) for a in ATTRIBUTES}
+    return scene, world.render(scene, int(rng.integers(2**31)))
+
+
+def _labelled(job):
+    """A picture and its attributes."""
+    scene, picture = judge_scene(*job)
+    return picture, {a: label(scene, a) for a in ATTRIBUTES}
 
 
 def stage_judge(args):
     """The classifier of every attribute, on pictures with noise and blur."""
     count = max(320, int(40000 * args.scale))
     with multiprocessing.Pool() as pool:
-        rows = list(tqdm(pool.imap(_judge_scene, [(i, args.seed) for i in range(count)], chunksize=64), total=count))
+        rows = list(tqdm(pool.imap(_labelled, [(i, args.seed) for i in range(count)], chunksize=64), total=count))
     pictures = np.stack([r[0] for r in rows])
     labels = {a: torch.tensor([r[1][a] for r in rows]) for a in ATTRIBUTES}
     torch.manual_seed(args.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import world
 from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
@@ -20,6 +20,8 @@ from judge import Judge, accuracy, frechet
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+
+from examples.evaluate import detail  # noqa: E402
 
 from pipeline_dopsd import family_of  # noqa: E402
 
@@ -75,10 +77,9 @@ def concept_accuracy(pipeline, judge, concept, seeds, contexts=None, steps=STEPS
     return [(accuracy(judge, p, scenes, concept.shows)[0], shares) for p, shares in zip(images, each)], images
 
 
-def detail(images):
-    """How much of a picture is finer than 5 pixels: the mean difference, in grey levels, to its median over 5 x 5 pixels. Specks
-    and sharp edges make it up, which is what few steps lose first; blur lowers it."""
-    return float(np.mean([np.abs(i.astype(float) - Image.fromarray(i).filter(ImageFilter.MedianFilter(5))).mean() for i in images]))
+def mean_detail(images):
+    """Mean of `detail` over pictures."""
+    return float(np.mean([detail(image) for image in images]))
 
 
 def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
@@ -91,7 +92,7 @@ def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
     real = [world.render(s, 50_000 + 100 * seed + i) for seed in seeds for i, s in enumerate(scenes)]
     shares = [accuracy(judge, pictures, scenes, UNRELATED)[0] for pictures in images]
     flat = [p for pictures in images for p in pictures]
-    return {"right": shares, "frechet": frechet(judge, flat, real), "detail": detail(flat) / detail(real)}
+    return {"right": shares, "frechet": frechet(judge, flat, real), "detail": mean_detail(flat) / mean_detail(real)}
 
 
 def teacher_contexts(pipeline, concept, teacher_context="vlm"):
@@ -142,7 +143,7 @@ def report_gap(args):
         images = [sample(pipeline, contexts, seed, steps, negative, guidance) for seed in range(args.seeds)]
         shares = [accuracy(judge, pictures, scenes, UNRELATED)[0] for pictures in images]
         flat = [p for pictures in images for p in pictures]
-        figures = f"{detail(flat) / detail(real):.2f} | {frechet(judge, flat, others):.0f} | {frechet(judge, flat, real):.0f}"
+        figures = f"{mean_detail(flat) / mean_detail(real):.2f} | {frechet(judge, flat, others):.0f} | {frechet(judge, flat, real):.0f}"
         print(f"| {name} | {spread(shares)} | {figures} |", flush=True)
         rows.append(np.concatenate(images[0][:12], 1))
     picture = Image.fromarray(np.concatenate(rows, 0))

@@ -1,0 +1,398 @@
+"""examples/evaluate.py: what a user learns before a training, after it, and from the paper's protocol."""
+
+import base64
+import dataclasses
+import html.parser
+import importlib.util
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+import train_dopsd_lora as script
+from conftest import LORA, ROOT, guarded_environment
+from hub_stand_in import HubStandIn
+from pipeline_dopsd import PRIOR_PROMPTS
+
+
+sys.path.append(str(ROOT / "examples" / "miniature"))
+
+import world  # noqa: E402
+from concepts import (  # noqa: E402
+    CONCEPTS,
+    held_out_scenes,
+    training_pictures,
+    training_scenes,
+)
+
+
+MINIATURE = ROOT / "examples" / "miniature"
+spec = importlib.util.spec_from_file_location("instruments", ROOT / "examples" / "evaluate.py")
+instruments = importlib.util.module_from_spec(spec)
+sys.modules["instruments"] = instruments
+spec.loader.exec_module(instruments)
+
+ORDINARY = ["a house", "a tree in the rain", "two cups"]
+LINES = [
+    {"paraphrase": "one red square", "new": ["a red square on a beach", "a red square at night"], "trigger": "red square", "class": "square"},
+    *({"paraphrase": f"picture {i}", "new": [f"picture {i} at night"], "trigger": "picture", "class": "drawing"} for i in range(3)),
+]
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory, tokenizer):
+    """A DINOv2 and a SigLIP with random weights, as folders."""
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "image")
+    text = {**sizes, "intermediate_size": 32, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "projection_size": 32}
+    SiglipModel(SiglipConfig(text_config=text, vision_config={**sizes, "intermediate_size": 32})).save_pretrained(folder / "text")
+    for name in ("image", "text"):
+        SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluate(encoders, base, vlm, images, tmp_path_factory):
+    """Runs a command of evaluate.py in this process; returns what it records."""
+    prompts = tmp_path_factory.mktemp("prompts")
+    (prompts / "ordinary.txt").write_text("\n".join(ORDINARY))
+    (prompts / "concept.txt").write_text("a red square on a beach\na red square in a wood\n")
+    (prompts / "paper.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    contexts = tmp_path_factory.mktemp("contexts")
+
+    def run(command, output_dir, **changes):
+        flags = {"pretrained_model_name_or_path": base, "instance_data_dir": images, "output_dir": output_dir, "resolution": 32,
+                 "num_inference_steps": 2, "mixed_precision": "no", "context_cache_dir": contexts, "drawing_batch_size": 8,
+                 "image_encoder": encoders / "image", "image_text_encoder": encoders / "text"}  # fmt: skip
+        flags |= {"teacher": {"vlm_model_name_or_path": vlm, "noise_seeds": 2, "num_captions": 2, "concept_prompts": prompts / "concept.txt"},
+                  "report": {"ordinary_prompts": prompts / "ordinary.txt", "num_captions": 2, "concept_prompts": prompts / "concept.txt"},
+                  "paper": {"paper_prompts": prompts / "paper.jsonl", "judge": "none"}}[command]  # fmt: skip
+        words = [word for n, v in {**flags, **changes}.items() if v is not None for word in (f"--{n}", *(v if isinstance(v, list) else [v]))]
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return instruments.main(instruments.parse_args([command, *map(str, words)]))
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_steps():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(instruments, "MANY_STEPS", 3)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def reported(train, evaluate, tmp_path_factory):
+    """A run with its report."""
+    folder = train(tmp_path_factory.mktemp("reported") / "out")
+    return SimpleNamespace(folder=folder, record=evaluate("report", folder))
+
+
+def drawn_by(monkeypatch):
+    """Counts the pictures that are drawn from here on."""
+    count, sample = [], instruments.family_of.__globals__["DOPSDMixin"].sample
+
+    def counting(self, transformer, contexts, latents, steps):
+        count.append(len(contexts))
+        return sample(self, transformer, contexts, latents, steps)
+
+    monkeypatch.setattr(instruments.family_of.__globals__["DOPSDMixin"], "sample", counting)
+    return count
+
+
+def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, capsys):
+    """A user would train with a worse teacher than they have, or with one that draws nothing."""
+    changes = {"teacher_max_pixels": [32 * 32, 16 * 16], "hidden_layer": [-2, -1], "teacher_image": ["target"]}
+    record = evaluate("teacher", tmp_path, **changes)
+    assert len(record["ways"]) == 2 * 2 and "vlm, target, 256 pixels, layer -1" in record["ways"]
+    printed = capsys.readouterr().out
+    assert record["verdict"] in printed and all(f"| {name} |" in printed for name in record["ways"])
+    way = record["ways"]["vlm, target, 1024 pixels"]
+    assert way["flags"] == "--teacher_context vlm --teacher_image target --teacher_max_pixels 1024" and way["trainable"]
+    assert not record["ways"]["vlm, target, 1024 pixels, layer -1"]["trainable"]
+    assert all(np.isfinite(list(t.values())).all() and t["image"] > 1 and t["text"] > 1 for f in record["ways"].values() for t in f["tokens"])
+    assert record["ways"]["vlm, target, 1024 pixels, layer -1"]["tokens"] != way["tokens"]
+    assert Image.open(tmp_path / "teacher.png").width > 128 * 6
+
+
+def test_contexts_of_the_check_are_those_of_the_training(evaluate, train, tmp_path, monkeypatch):
+    """Both encoders of gigabytes would load a second time."""
+    data, out = single(tmp_path / "data"), tmp_path / "out"
+    evaluate("teacher", out, num_captions=None, context_cache_dir=None, instance_data_dir=data)
+    monkeypatch.setattr(script, "encode_missing", lambda *_: pytest.fail("encoded anew"))
+    train(out, instance_data_dir=data, context_cache_dir=None, max_train_steps=1)
+
+
+def single(folder):
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red square\n")
+    return folder
+
+
+def test_nothing_is_drawn_twice(reported, evaluate, monkeypatch):
+    """Hours of drawing would be lost with every further look; and another LoRA must not be shown with the pictures of the last one."""
+    count = drawn_by(monkeypatch)
+    again = evaluate("report", reported.folder)
+    assert not count and again["figures"] == reported.record["figures"]
+    left = sorted((reported.folder / "evaluation").iterdir())
+    left[0].unlink()
+    evaluate("report", reported.folder)
+    assert sum(count) == 1
+    kept = (reported.folder / LORA).read_bytes()
+    save_file({name: tensor + 1 for name, tensor in load_file(reported.folder / LORA).items()}, reported.folder / LORA)
+    other = evaluate("report", reported.folder)
+    (reported.folder / LORA).write_bytes(kept)
+    assert sum(count) == 1 + 4 * 4 + 4 * 2 + 3 * 4 and other["figures"]["drift"][0] > reported.record["figures"]["drift"][0]
+
+
+def test_an_untrained_lora_has_changed_nothing(evaluate, train, tmp_path, capsys):
+    """A report that finds changes where there are none would be believed where there are some."""
+    folder = train(tmp_path, learning_rate=1e-30, max_train_steps=1)
+    record = evaluate("report", folder)
+    record["figures"].pop("learned")  # random features
+    expected = {"way": 0, "drift": 0, "leak": 0, "detail": 1, "gap": 1, "gap_detail": 1, "ordinary_follows": 1, "concept_follows": 0}
+    assert {name: round(figure[0], 3) for name, figure in record["figures"].items()} == pytest.approx(expected)
+    assert [row["answer"].split()[0] for row in record["table"]] == ["no", "yes", "yes"]
+    assert "| Other prompts kept | yes |" in capsys.readouterr().out
+
+
+class Page(html.parser.HTMLParser):
+    """Sources, text and open tags of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_is_one_file_that_needs_no_network(reported):
+    """Sent to somebody, it would show empty frames, or ask a server for them."""
+    page = Page((reported.folder / "report.html").read_text("utf-8"))
+    assert not page.open and all(source.startswith("data:image/") for source in page.sources) and "url(" not in page.text
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources]
+    assert len(pictures) == 2 + 4 * 4 + 3 * 2 and {picture.size for picture in pictures} == {(32, 32)}
+    assert page.text.index("Concept learned") < page.text.index("Trained on") < page.text.index("two cups")
+    assert all(f"{name}" in page.text for name in reported.record["figures"])
+
+
+def test_card_shows_the_report_of_these_weights_alone(reported, flags, tmp_path):
+    """A stranger would read the figures of another LoRA, or none."""
+    folder = shutil.copytree(reported.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "evaluation"))
+    args = script.parse_args(flags(folder, max_train_steps=2))
+    args.num_inference_steps, args.teacher_context = 2, "vlm"
+    card = lambda: (script.save_lora_card(args, {}, 2, "name"), ModelCard.load(folder / "README.md").text)[1]  # noqa: E731
+    file, text = folder / "report.json", json.dumps(reported.record)
+    file.write_text(text)
+    assert "| Other prompts kept |" in card() and "not measured" not in card()
+    for damaged in (text.replace(reported.record["weights"], "0"), text[:100], "[]", '{"table": [{}]}'):
+        file.write_text(damaged)
+        assert "was not measured" in card() and "Other prompts kept" not in card()
+
+
+def test_resuming_a_finished_run_publishes_its_report(train, evaluate, tmp_path):
+    """The documented way to put the table on the Hub."""
+    folder = train(tmp_path)
+    evaluate("report", folder)
+    assert "was not measured" in (folder / "README.md").read_text()
+    train(tmp_path, resume_from_checkpoint="latest")
+    assert "| Few-step ability kept |" in (folder / "README.md").read_text()
+
+
+def test_flags_of_the_training_are_the_defaults(reported, encoders):
+    """Pictures at another size or number of steps than the LoRA was trained for."""
+    words = ["report", "--output_dir", reported.folder, "--instance_data_dir", "pictures", "--image_encoder", encoders / "image"]
+    args = instruments.parse_args(list(map(str, words)))
+    assert (args.resolution, args.mixed_precision, args.instance_data_dir) == (32, "no", "pictures")
+    assert args.context_cache_dir == str(reported.folder / "contexts")
+
+
+def test_full_model_is_reported(train_full, evaluate, tmp_path):
+    """Who trains all weights would be told that there is no result."""
+    record = evaluate("report", train_full(tmp_path, max_train_steps=1))
+    assert record["figures"]["drift"][0] > 0
+
+
+@pytest.mark.parametrize(("command", "change", "words"), [
+    ("teacher", {"image_encoder": "nobody/none"}, "--image_encoder nobody/none"),
+    ("teacher", {"teacher_context": ["edit"]}, "--teacher_context edit"),
+    ("teacher", {"concept_prompts": "missing.txt"}, "--concept_prompts missing.txt"),
+    ("report", {"concept_prompts": "missing.txt"}, "--concept_prompts missing.txt"),
+    ("paper", {"paper_prompts": "missing.jsonl"}, "--paper_prompts missing.jsonl"),
+    ("report", {"instance_data_dir": "missing"}, "--instance_data_dir missing"),
+    ("paper", {"judge": "nobody/none"}, "--judge nobody/none"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line_before_weights_load(command, change, words, reported, evaluate, monkeypatch):
+    """A traceback, or an error after an hour of drawing."""
+    monkeypatch.setattr(script, "encode_contexts", lambda *_: pytest.fail("weights load"))
+    with pytest.raises(script.InputError) as error:
+        evaluate(command, reported.folder, **change)
+    assert words in str(error.value)
+
+
+def test_mistake_of_flags_is_one_line(tmp_path):
+    """As in the training scripts: no traceback."""
+    words = ["report", "--output_dir", tmp_path, "--instance_data_dir", tmp_path, "--pretrained_model_name_or_path", "x", "--mixed_precision", "no"]
+    with pytest.raises(SystemExit, match=f"^error: --output_dir {tmp_path} holds no result"):
+        script.run(instruments.main, instruments.parse_args, list(map(str, words)))
+
+
+def test_models_of_the_hub_are_found_without_torchvision(reported, encoders, base, images, tmp_path):
+    """Models by name are what a user has; a processor that asks for torchvision ends the run, and nobody else may be asked."""
+    out, prompts = shutil.copytree(reported.folder, tmp_path / "out", ignore=shutil.ignore_patterns("evaluation")), tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, LINES)))
+    with HubStandIn({}) as hub:
+        for name, folder in (("base", base), ("image", encoders / "image"), ("text", encoders / "text")):
+            hub.upload(f"me/{name}", folder)
+        command = [sys.executable, ROOT / "examples" / "evaluate.py", "paper", "--output_dir", out, "--instance_data_dir", images, "--judge", "none"]
+        command += ["--pretrained_model_name_or_path", "me/base", "--image_encoder", "me/image", "--image_text_encoder", "me/text"]
+        environment = guarded_environment(tmp_path, hub.url)
+        result = subprocess.run([*command, "--paper_prompts", prompts], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list((out / "evaluation").glob("*.png"))) == 9 and len(json.loads((out / "paper.json").read_text())["figures"]["DINO-D"]) == 4
+    assert "torchvision" not in sys.modules and (tmp_path / "network.log").read_text() == ""
+
+
+def test_pictures_are_pooled_by_every_kind_of_encoder(encoders, tmp_path):
+    """Features of another shape or unnormalised ones give distances that mean nothing."""
+    ConvNextModel(ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    for name, width in ((tmp_path, 16), (encoders / "image", 32), (encoders / "text", 32)):
+        loaded = instruments.Encoder("image_encoder", str(name), torch.device("cpu"), 1)
+        for patches in (False, True):
+            if not (patches and loaded.tokenizer):
+                features = loaded.images(pictures, patches)
+                assert features.shape == (2, width) and np.allclose((features**2).sum(1), 1)
+    texts = loaded.texts(["A red Square", "a red square", "a house"])
+    assert np.allclose(texts[0], texts[1]) and not np.allclose(texts[0], texts[2])
+
+
+def test_share_of_the_way_is_one_at_pictures_of_the_concept():
+    """A verdict on a scale that is not what its words say; chance in four images would make every teacher look worse than it is."""
+    rng = np.random.default_rng(0)
+    before, concept = rng.normal(size=(3, 2, 50)), np.eye(50)[0]
+    share = lambda after, spread, count=4: instruments.share_of_way(before, after, concept + spread * rng.normal(size=(count, 50)))  # noqa: E731
+    assert np.allclose(share(before, 0), 0) and np.allclose(share(before + concept, 0), 1) and np.allclose(share(before - concept / 2, 0), -0.5)
+    assert np.allclose(share(before + np.eye(50)[1], 0), 0) and np.allclose(share(before + concept, 0, count=1), 1)
+    assert abs(np.mean([share(before + concept, 0.1) for _ in range(300)]) - 1) < 0.1
+
+
+def test_pictures_of_the_concept_are_near_and_a_copy_counts_no_more():
+    """A teacher that copies the picture that it is shown would seem better than one that draws the concept anew."""
+    rng = np.random.default_rng(0)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    concept = np.eye(40)[0] * 2
+    images, fresh, base = unit(concept + rng.normal(size=(4, 40)) / 3), unit(concept + rng.normal(size=(8, 200, 40)) / 3), unit(rng.normal(size=(8, 200, 40)))
+    assert 0.5 < instruments.near(fresh, images, base).mean() and instruments.near(base, images, base).mean() < 0.01
+    copies = np.repeat(images[np.arange(8) % 4][:, None], 2, axis=1)
+    assert np.isclose(instruments.near(copies, images, base[:, :2]).mean(), 0.75)
+    alone = instruments.near(np.stack([images[:1], base[0, :1]]), images[:1], base)
+    assert alone[0, 0] == 1 and alone[1, 0] == 0
+
+
+def test_interval_narrows_with_prompts_and_holds_its_value():
+    """Four prompts would look as sure as forty."""
+    rng = np.random.default_rng(0)
+    few, many = (instruments.interval(np.mean, rng.normal(size=(n, 4))) for n in (4, 400))
+    assert all(low <= value <= high for value, low, high in (few, many)) and many[2] - many[1] < 0.3 * (few[2] - few[1])
+
+
+def test_prompt_that_is_not_followed_is_not_told_apart():
+    """A teacher that copies its picture whatever it is asked for would pass."""
+    texts = np.eye(3)
+    obeying, copying = np.repeat(texts[:, None], 2, axis=1), np.tile(texts[0], (3, 2, 1))
+    assert np.allclose(instruments.told_apart(obeying, texts), 1)
+    assert np.isclose(instruments.told_apart(copying, texts).mean(), 0)
+
+
+@pytest.mark.parametrize(("answer", "level"), [
+    ("SAME", 4), ("Same.", 4), ("**Close**", 3), ("The answer is: RELATED", 2), ("different", 1), ("Answer: DIFFERENT.", 1), ("SAME\n\nBoth show it.", 4),
+    ("not the same", None), ("Not SAME", None), ("The same? No, different.", None), ("SAME or CLOSE", None), ("It isn't the same", None), ("SAME is not it", None),
+    ("", None), ("I cannot tell", None), ("samey", None), ("different, not the same", None),
+])  # fmt: skip
+def test_judges_answers_are_read_with_care(answer, level):
+    """"Not the same" counted as the same turns the worst model into the best."""
+    assert instruments.level_of(answer) == level
+
+
+def test_paper_counts_what_the_judge_did_not_answer(reported, evaluate, vlm, capsys):
+    """Rows that are dropped in silence leave the easy ones."""
+    record = evaluate("paper", reported.folder, judge=vlm)
+    assert len(record["figures"]["DINO-D"]) == 4 and len(record["figures"]["CLIP-S"]) == 4 + 5
+    assert record["unclear_answers"] + len(record["figures"]["VLM-J"]) == 5
+    assert "answers of the judge are none of its four words" in capsys.readouterr().out
+
+
+def test_built_in_prompts_are_not_those_of_a_training():
+    """What was practised would be measured."""
+    assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(PRIOR_PROMPTS)
+
+
+def test_documented_commands_have_real_flags():
+    """A stranger pastes them."""
+    commands = re.findall(r"evaluate\.py (\w+) (.*)", instruments.__doc__.replace("\\\n", " "))
+    for command, words in commands:
+        args = instruments.parse_args([command, "--pretrained_model_name_or_path", "x", *re.findall(r'"[^"]+"|\S+', words)])
+        assert args.command == command
+    assert len(commands) == 3
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_miniatures_encoder_sees_what_makes_up_a_concept(name):
+    """Its verdicts, and their calibration, would be those of a blind man."""
+    concept, look = CONCEPTS[name], instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
+    rng, any_of = np.random.default_rng(0), {"shape": world.SHAPES, "colour": list(world.COLOURS), "pattern": world.PATTERNS}
+
+    def plain(scenes):
+        return [dataclasses.replace(s, style="plain", **({n: rng.choice(v) for n, v in any_of.items()} if concept.shape else {})) for s in scenes]
+
+    def draw(scenes, seed=0):
+        return look.images([Image.fromarray(world.render(scene, 900 + seed + i)) for i, scene in enumerate(scenes)])
+
+    training, scenes = training_scenes(concept), held_out_scenes(concept)
+    differences = look.images(training_pictures(concept)) - np.mean([draw(plain(training), 100 * k) for k in range(4)], axis=0)
+    before = draw(plain(scenes))
+    assert 0.8 < instruments.share_of_way(before, draw(scenes), differences).mean() < 1.3
+    assert abs(instruments.share_of_way(before, draw(plain(scenes), 50), differences).mean()) < 0.2
+
+
+def test_miniatures_encoders_are_small():
+    """Cloning the repository would take long."""
+    assert sum(p.stat().st_size for p in (MINIATURE / "encoders").rglob("*.safetensors")) < 1.5e6
