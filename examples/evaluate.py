@@ -237,7 +237,7 @@ def check_inputs(args):
     if args.resolution % (multiple := family.size_multiple(vae)):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    return family, dopsd.inspect_images(dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple))
+    return family, dopsd.inspect_images(dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple), args)
 
 
 def concept_pairs(dataset, args):
@@ -319,11 +319,8 @@ def draw(drawings, load, args, accelerator):
 
 
 def context_of(drawing, device):
-    """The tensors of a drawing's context; a teacher that sees no picture has the student's."""
-    tensors = load_file(drawing.context)
-    own = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(drawing.side.split()[0])}
-    own = own or {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith("student")}
-    return {name: tensor.to(device) for name, tensor in own.items()}
+    """The tensors of a drawing's context."""
+    return {name: tensor.to(device) for name, tensor in load_file(drawing.context).items()}
 
 
 def load_base(family, args):
@@ -503,8 +500,8 @@ def token_statistics(family, way, layer, dataset, files):
     """
     base = {"pretrained_model_name_or_path": way.pretrained_model_name_or_path, "revision": way.revision}
     tokenizer = AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
-    hidden = AutoConfig.from_pretrained(**base, subfolder="text_encoder").hidden_size
-    vlm = MultimodalEncoder(way.vlm_model_name_or_path, way.teacher_max_pixels)
+    config = AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+    hidden, vlm = config.get_text_config().hidden_size, family.make_encoder(way.vlm_model_name_or_path, way.teacher_max_pixels, config, tokenizer)
     limits = {"min_pixels": vlm.size["shortest_edge"], "max_pixels": vlm.size["longest_edge"]}
     tokens = {True: [], False: []}
     for file, (index, prompt) in files.items():
@@ -512,7 +509,8 @@ def token_statistics(family, way, layer, dataset, files):
         patches = vlm.image_processor.get_number_of_image_patches(*bucket, limits)
         chat = vlm.chat(prompt + way.teacher_prompt_suffix, patches // vlm.image_processor.merge_size**2, family.chat_ending(tokenizer))
         seen = torch.tensor(vlm.tokenizer(chat).input_ids) == vlm.config.image_token_id
-        embeds = load_file(file)["teacher.prompt_embeds"].float()[: len(seen)]
+        seen = seen[vlm.skipped_tokens :]
+        embeds = load_file(file)["prompt_embeds"].float()[: len(seen)]
         embeds = embeds.reshape(len(embeds), -1, hidden)
         seen = seen[: len(embeds)]
         for kind in tokens:
@@ -582,7 +580,7 @@ def teacher(args, accelerator):
         pairs, drawings, files, ways = captions + new, {}, {}, ways_of(family, dataset, args)
         for way, _ in ways.values():
             check_prompts(family, way, dataset, pairs)
-        caches = {name: dopsd.ContextCache(way) for name, (way, _) in ways.items()}
+        caches = {name: dopsd.ContextCache(family, way) for name, (way, _) in ways.items()}
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
     weights = dopsd.sample_weights(args)
@@ -590,9 +588,9 @@ def teacher(args, accelerator):
         reader = family if layer is None else type(family.__name__, (family,), {"hidden_layer": layer})
         with explained(dopsd.encoding_savings(way), args.context_cache_dir):
             dopsd.encode_contexts(reader, way, caches[name], dataset, pairs, accelerator)
-        paths = [caches[name].path(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs]
-        files[name] = dict(zip(paths, pairs))
-        for who, side in (("student", "student"), (name, f"teacher {way.teacher_context}")):
+        students, teachers = zip(*(caches[name].paths(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs))
+        files[name] = dict(zip(teachers, pairs))
+        for who, side, paths in (("student", "student", students), (name, f"teacher {way.teacher_context}", teachers)):
             drawings.setdefault(who, [
                 Drawing(path, side, tuple(dataset[index]["bucket"]), args.seed + 1000 * seed + i, args.num_inference_steps, weights)
                 for i, (path, (index, _)) in enumerate(zip(paths, pairs)) for seed in range(args.noise_seeds)
@@ -650,12 +648,12 @@ def prompt_contexts(family, args, dataset, pairs, accelerator):
     try:
         check_prompts(family, way, dataset, [(0 if index is None else index, prompt) for index, prompt in pairs])
         way.teacher_context = "edit" if args.reference_column else None
-        cache = dopsd.ContextCache(way)
+        cache = dopsd.ContextCache(family, way)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
     with explained(["--encoder_quantization int8"], args.context_cache_dir):
         dopsd.encode_contexts(family, way, cache, dataset, pairs, accelerator)
-    return [cache.path(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs]
+    return [cache.paths(*dopsd.rows_of(dataset, index, way), prompt)[0] for index, prompt in pairs]
 
 
 def measure_report(files, parts, images, args, accelerator):

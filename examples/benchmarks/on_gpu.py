@@ -15,8 +15,8 @@ that before the first step. `reserved` is what PyTorch took from the card; `card
 them. Seconds are medians: of a step that trains all K states, of one that trains 1 (mean over the states it may be), of one of SFT. What
 the teacher on the CPU does every --ema_refresh_steps steps is not in them.
 
-Encoding is that of --teacher_context vlm, batches of 4: reading and cropping the picture, tokens, text encoder, VLM, contexts to the
-CPU; not the loading, and no file of the cache. The tokenizer stands in for the real one, with one token for each byte.
+Encoding is that of --teacher_context vlm, batches of 4: tokens, text encoder, VLM, contexts to the CPU; not the loading, not the reading
+of pictures, which goes on ahead, and no file of the cache. The tokenizer stands in for the real one, with one token for each byte.
 """
 
 import argparse
@@ -263,24 +263,26 @@ def measure_training(options, case, folder):
 
 def measure_encoding(options, case, folder):
     args = start(case, folder)
-    accelerator, family, found, seconds = lora.make_accelerator(args), memory.MODELS[case.model][1], {}, []
+    accelerator, family, found, seconds = lora.make_accelerator(args), memory.MODELS[case.model][1], {}, {False: [], True: []}
     picture = io.BytesIO()
     Image.effect_noise(2 * [args.resolution], 64).save(picture, "JPEG")
     row = {"image": {"path": None, "bytes": picture.getvalue()}, "image_hash": "", "bucket": 2 * [args.resolution]}
-    cache = argparse.Namespace(write=lambda *given: [tensor.cpu() for context in given[-2:] for tensor in context.values()])
+
+    def write(path, context):
+        for tensor in context.values():
+            tensor.cpu()
+        path.touch()
+
 
     def timed(*given, encode=lora.encode_batch):
-        seconds.append(step_cost.seconds_of(lambda: encode(*given), accelerator.device))
+        seconds[given[-1] is not None].append(step_cost.seconds_of(lambda: encode(*given), accelerator.device))
         found.update(peaks(accelerator.device))
 
-    pairs = (1 + options.repetitions) * lora.ENCODING_BATCH * [(0, CAPTION)]
-    # what its files lack of the VLM, the text encoder replaces: it need not be drawn at random
-    with (
-        unittest.mock.patch("transformers.initialization.normal_", lambda tensor, *_, **__: tensor),
-        unittest.mock.patch.object(lora, "encode_batch", timed),
-    ):
-        lora.encode_missing(family, args, cache, [row], pairs, accelerator)
-    return found | {"seconds": statistics.median(seconds[1:]) / lora.ENCODING_BATCH}
+    kinds = [teacher for teacher in seconds for _ in range((1 + options.repetitions) * lora.ENCODING_BATCH)]
+    missing = [(Path(folder, f"context-{number}"), teacher, 0, CAPTION) for number, teacher in enumerate(kinds)]
+    with unittest.mock.patch.object(lora, "encode_batch", timed):
+        lora.encode_missing(family, args, argparse.Namespace(folder=folder, write=write), [row], missing, accelerator)
+    return found | {"seconds": sum(statistics.median(several[1:]) for several in seconds.values()) / lora.ENCODING_BATCH}
 
 
 MEASURES = {"encoding": measure_encoding, "training": measure_training}

@@ -69,18 +69,20 @@ def folder_of(name, work_dir):
 @contextlib.contextmanager
 def shown(name, teacher):
     """Within: contexts are encoded with what the `teacher` of a concept is shown."""
-    encode, names = script.encode_batch, list(CONCEPTS)
+    load, names = script.load_batch, list(CONCEPTS)
     wrong = training_pictures(CONCEPTS[names[(names.index(name) + 1) % len(names)]]) if teacher == "wrong" else []
 
-    def encode_wrong(*arguments):
+    def load_wrong(*arguments):
         with unittest.mock.patch.object(script, "training_image", lambda row: wrong[int(row["image_hash"], 16) % len(wrong)]):
-            encode(*arguments)
+            return load(*arguments)
 
-    def encode_text(pipeline, *arguments):
-        with unittest.mock.patch.object(type(pipeline), "encode_teacher", lambda self, prompts, *_: [{}] * len(prompts)):
-            encode(pipeline, *arguments)
-
-    with unittest.mock.patch.object(script, "encode_batch", {"wrong": encode_wrong, "none": encode_text}.get(teacher, encode)):
+    encode = instruments.family_of(str(HERE / "model")).encode_teacher
+    if teacher == "none":
+        encode = lambda self, prompts, *_: self.encode_student(prompts)  # noqa: E731
+    with (
+        unittest.mock.patch.object(script, "load_batch", load_wrong if teacher == "wrong" else load),
+        unittest.mock.patch.object(instruments.family_of(str(HERE / "model")), "encode_teacher", encode),
+    ):
         # a context without picture has no image tokens
         with unittest.mock.patch.object(instruments, "token_statistics", lambda *_: []) if teacher == "none" else contextlib.nullcontext():
             yield
