@@ -2173,11 +2173,10 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     def batch_at(micro_step):
         draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
         prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
-        batch = make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
-        return *batch, draw_states(args, micro_step, *drawing)
+        return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
 
-    accumulation = args.gradient_accumulation_steps
-    batches = read_ahead(batch_at, range(first_step * accumulation, args.max_train_steps * accumulation))
+    micro_steps = range(first_step * args.gradient_accumulation_steps, args.max_train_steps * args.gradient_accumulation_steps)
+    batches = read_ahead(batch_at, micro_steps)
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     pending, started, STOP.training = [], time.perf_counter(), True
@@ -2185,9 +2184,10 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         # what dropout drops and an update rounds is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
-        for micro in range(accumulation):
-            states = rollout(pipeline, transformer, teacher, next(batches), args, accelerator)
-            synchronize = micro == accumulation - 1
+        for micro in range(args.gradient_accumulation_steps):
+            batch = *next(batches), draw_states(args, step * args.gradient_accumulation_steps + micro, *drawing)
+            states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
+            synchronize = micro == args.gradient_accumulation_steps - 1
             table += backward_each_state(states, transformer, args, accelerator, synchronize)
         table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
