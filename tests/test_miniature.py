@@ -165,9 +165,8 @@ def test_comparison_reports_the_best_rate_and_its_training_seeds(monkeypatch, ca
         point = {"concept": [right], "right": [0.9], "detail": 1.0, "frechet": 100.0, "copying": 0.2, "slow": [0.5, 0.8]}
         return job[:-1], [point]
 
-    pool = types.SimpleNamespace(imap_unordered=lambda _, jobs: map(run, jobs), imap=lambda _, jobs: map(run, jobs))
-    context = types.SimpleNamespace(Pool=lambda _: contextlib.nullcontext(pool))
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _: context)
+    pool = types.SimpleNamespace(map=lambda _, jobs: map(run, jobs))
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(pool))
     monkeypatch.setattr(compare, "base_figures", lambda args: {c: run(("", "", 0, c, (2, 0.0), 0, "", args))[1][0] for c in args.concepts})
     monkeypatch.setattr(sys, "argv", ["compare.py", "--methods", "prior", "sft"])
     compare.main()

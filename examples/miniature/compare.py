@@ -15,6 +15,7 @@ import functools
 import hashlib
 import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -225,7 +226,7 @@ def search(methods, pool, args):
             (args.model, name, SHARE, concept, (BATCH, rate), 0, "", args)
             for name in methods for rate in rates[name] for concept in args.searched if (name, rate) not in tried
         ]  # fmt: skip
-        for (_, name, _, concept, (_, rate), *_), points in pool.imap_unordered(run, jobs):
+        for (_, name, _, concept, (_, rate), *_), points in pool.map(run, jobs):
             tried.setdefault((name, rate), {})[concept] = points[-1]
             print(name, concept, rate, shown(points[-1]), flush=True)
         for name in methods:
@@ -291,7 +292,7 @@ def main():
     args.searched = [name for name in SEARCHED if name in args.concepts]
     if any(name in CONTROLS for name in args.methods) and "prior" not in args.methods:
         parser.error("the controls take the learning rate of prior: add it to --methods")
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         best, tried = search([name for name in args.methods if name in METHODS], pool, args)
         best |= {name: best["prior"] for name in args.methods if name in CONTROLS}
         jobs = [
@@ -299,7 +300,7 @@ def main():
             for seed in range(args.training_seeds) for name in args.methods for concept in args.concepts
         ]  # fmt: skip
         found = {"before": [base_figures(args)]} | {name: [{} for _ in range(args.training_seeds)] for name in args.methods}
-        for (_, name, _, concept, _, seed, _), points in pool.imap(run, jobs):
+        for (_, name, _, concept, _, seed, _), points in pool.map(run, jobs):
             found[name][seed][concept] = points[-1]
             print(name, concept, f"seed {seed}", shown(points[-1]), flush=True)
     print_tables(found, best, tried, args)

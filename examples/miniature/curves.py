@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,7 +152,7 @@ def answer(question, pool, args):
     """Searches each variant's setting and trains it; returns the settings and, by variant and concept, the runs' points."""
     results, runs = {}, {entry: {concept: [] for concept in CONCEPTS} for entry in question.runs}
     jobs = [(question.model, *entry, SEARCHED, setting, 0, "", args) for entry in question.searched for setting in question.settings]
-    for (_, name, share, concept, setting, *_), points in pool.imap_unordered(run, jobs):
+    for (_, name, share, concept, setting, *_), points in pool.map(run, jobs):
         results[(name, share), setting] = points[-1]
         print(name, share, concept, *setting, shown(points[-1]), flush=True)
     best = {entry: max(question.settings, key=lambda s: worth(results[entry, s])) for entry in question.searched} | question.given  # noqa: B023
@@ -159,7 +160,7 @@ def answer(question, pool, args):
         (question.model, *entry, concept, best[entry], seed, "-curve" if question.curves and (concept, seed) == (SEARCHED, 0) else "", args)
         for seed in range(question.seeds) for entry in question.runs for concept in CONCEPTS
     ]  # fmt: skip
-    for (_, name, share, concept, setting, seed, _), points in pool.imap(run, jobs):
+    for (_, name, share, concept, setting, seed, _), points in pool.map(run, jobs):
         runs[name, share][concept].append(points)
         print(name, share, concept, *setting, f"seed {seed}", shown(points[-1]), flush=True)
     return results, best, runs
@@ -255,7 +256,7 @@ def main():
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     curves, tables = [], []
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for question in [QUESTIONS[name] for name in args.questions if name in QUESTIONS]:
             found = answer(question, pool, args)
             tables.append((question, *found))
