@@ -941,7 +941,8 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     batches = [group[start : start + ENCODING_BATCH] for start, group in sorted(starts, key=lambda one: one[0] > 0)]
     # images are decoded ahead of the encoders, of many in processes of their own
     workers = min(args.dataset_num_workers, len(batches) // 16)
-    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), num_workers=workers)
+    options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
+    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
     bar = tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for number, (batch, references, images) in enumerate(loader, 1):
