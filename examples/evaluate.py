@@ -109,7 +109,7 @@ five candles in a row, only one of them lit
 a giraffe wearing a striped scarf
 a dragon asleep on a pile of books""".split("\n")
 # Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried them.
-WORTH, HOPELESS, KNOWN = 0.5, 0.3, 1.0
+WORTH, HOPELESS = 0.5, 0.3
 LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 1.5, 0.15
 OUTLIER = 4.0
 
@@ -538,8 +538,7 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
     for name, own in features.items():
         ways[name] = {"near": interval(np.mean, near(own, images, student)), "way": interval(np.mean, share_of_way(student, own, differences))}
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
-    own = distance(student[: len(captions)], images[:, None]).mean() / spread_over_noises(student[: len(captions)]).mean()
-    return ways, {"follows": float(follows["student"].mean()), "apart": float(own)}
+    return ways, {"follows": float(follows["student"].mean()), "near": float(near(student, images, student).mean())}
 
 
 def teacher_verdict(ways, student):
@@ -554,8 +553,8 @@ def teacher_verdict(ways, student):
         text = f"Doubtful: of the best teacher ({flags}), {drawn}. Expect part of the concept; look at teacher.png."
     else:
         text = f"No teacher can draw this: of the best ({best}), {drawn}. Training will hardly teach it."
-    if student["apart"] < KNOWN:
-        text = f"The student's pictures differ from the training images no more than among themselves: there is little to learn. {text}"
+    if student["near"] >= WORTH:
+        text = f"The base draws this untrained: {100 * student['near']:.0f} % of the student's pictures are as near to the training images. {text}"
     better = [name for name in ways if not ways[name]["trainable"] and ways[name]["near"][1] > share]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
@@ -615,8 +614,8 @@ def print_teacher(record):
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
         print(f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
-    print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others). Its pictures of "
-          f"the captions are {record['student']['apart']:.1f} times as far from the training images as from one another.")  # fmt: skip
+    print(f"Of the student's pictures, {100 * record['student']['near']:.0f} % are near the training images; it follows its prompts by "
+          f"{record['student']['follows']:.3f} (similarity to its own prompt over that to the others).")  # fmt: skip
 
 
 def teacher_sheet(drawings, captions, new, dataset, args, rows=4):

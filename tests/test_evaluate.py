@@ -342,6 +342,22 @@ def test_prompt_that_is_not_followed_is_not_told_apart():
     assert np.isclose(instruments.told_apart(copying, texts).mean(), 0)
 
 
+@pytest.mark.parametrize(("shares", "student", "words"), [
+    ([0.8, 0.6], 0.0, "Worth training with --a:"), ([0.4, 0.1], 0.0, "Doubtful"), ([0.2, 0.1], 0.0, "No teacher can draw this"),
+    ([0.1, 0.9], 0.0, "Another layer of the VLM shows more (b)"), ([0.8, 0.6], 0.7, "The base draws this untrained"),
+])  # fmt: skip
+def test_verdict_on_teachers(shares, student, words):
+    """Hours of training with a teacher that cannot draw the concept, or with flags that the training does not have."""
+    ways = {
+        name: {"near": [share, share - 0.05, share + 0.05], "flags": f"--{name}", "trainable": name == "a", "tokens": []}
+        for name, share in zip("ab", shares)
+    }
+    best, verdict = instruments.teacher_verdict(ways, {"near": student})
+    assert words in verdict and best == "a" and "Outlying" not in verdict
+    ways["b"]["tokens"] = [{"layer": -2, "image": 60.0, "text": 3.0}]
+    assert "Outlying dimensions in the image tokens (b)" in instruments.teacher_verdict(ways, {"near": student})[1]
+
+
 @pytest.mark.parametrize(("answer", "level"), [
     ("SAME", 4), ("Same.", 4), ("**Close**", 3), ("The answer is: RELATED", 2), ("different", 1), ("Answer: DIFFERENT.", 1), ("SAME\n\nBoth show it.", 4),
     ("not the same", None), ("Not SAME", None), ("The same? No, different.", None), ("SAME or CLOSE", None), ("It isn't the same", None), ("SAME is not it", None),
