@@ -414,34 +414,43 @@ def interval(statistic, *arrays, draws=1000):
     return [float(statistic(*arrays)), *map(float, np.percentile(values, [2.5, 97.5]))]
 
 
-def share_of_way(before, after, differences):
-    """How far pictures with the features `after` have gone from those `before` towards the training images, as a share, (prompts, noises).
-
-    `differences` (images, dim) are those of each training image and the mean of the base's pictures of its caption, so that all that
-    the caption says falls out of them. What they have in common is the concept: the share is a projection on their mean, over its
-    squared length without the part that chance adds to it, and 1 in the mean for fresh pictures of the concept.
-    """
+def common_part(differences):
+    """Mean of `differences` (images, dim), its squared length without the part that chance adds to it, and that with it."""
     direction, count = differences.mean(axis=0), len(differences)
     biased = length = direction @ direction
     if count > 1:
         length = (count * biased - np.square(differences).sum(axis=1).mean()) / (count - 1)
+    return direction, length, biased
+
+
+def share_of_way(before, after, differences):
+    """How far pictures with the features `after` have gone from those `before` towards the training images, as a share, (prompts, noises).
+
+    `differences` (images, dim) are those of each training image and the mean of the base's pictures of its caption, so that all that
+    the caption says falls out of them. What they have in common is the concept: the share is a projection on it, and 1 in the mean
+    for fresh pictures of the concept.
+    """
+    direction, length, biased = common_part(differences)
     return (after - before) @ direction / max(length, biased / 4)  # images that have little in common tell no length
 
 
-def near(pictures, images, before):
+def membership(pictures, images):
     """Whether each picture, of features (prompts, noises, dim), is as near to the training `images` (images, dim) as three in four of
-    these are to one another; (prompts, noises). About three in four fresh pictures of the concept are.
+    these are to one another; (prompts, noises). Fresh pictures of the concept are in three of four cases.
 
-    Prompts are in turn those of the images: of each picture its own image is left out, so that a copy of it counts for nothing. A
-    single image tells no distance; then half the way from the base's pictures `before` is asked for.
+    Prompts are in turn those of the images. The image of a picture's own prompt is left out, so that a copy of it counts no more.
     """
     similarity, count = pictures @ images.T, len(images)
-    if count == 1:
-        return (similarity[..., 0] >= (1 + (before @ images[0]).mean()) / 2).astype(float)
+    if count == 1:  # tells no distance
+        return np.ones(pictures.shape[:2])
     others = 1 - np.eye(count)
     limit = np.quantile((images @ images.T * others).sum(axis=1) / (count - 1), 0.25)
-    means = (similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1)
-    return (means >= limit).astype(float)
+    return ((similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1) >= limit).astype(float)
+
+
+def near(before, after, images):
+    """Whether each picture `after` is near the training images: see `membership`, and at least half of `share_of_way`."""
+    return membership(after, images) * (share_of_way(before, after, images - before[: len(images)].mean(axis=1)) >= 0.5)
 
 
 def told_apart(pictures, texts):
@@ -516,7 +525,9 @@ def token_statistics(family, way, layer, dataset, files):
         for kind in tokens:
             tokens[kind].append(embeds[seen == kind])
     rms = {kind: torch.cat(found).square().mean(dim=0).sqrt() for kind, found in tokens.items()}
-    layers = [layer or family.hidden_layer] if hasattr(family, "hidden_layer") else range(len(rms[True]))
+    layers = [layer or getattr(family, "hidden_layer", None)]
+    if layers == [None]:  # several, which the base's configuration may name
+        layers = family.load_config(**base).get("text_encoder_out_layers", family.stock_layers)
     return [
         {"layer": name, **{who: (r[i].max() / r[i].median()).item() for who, r in (("image", rms[True]), ("text", rms[False]))}}
         for i, name in enumerate(layers)
@@ -536,9 +547,10 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
         follows = {name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts) for name, own in files.items()}
     ways = {}
     for name, own in features.items():
-        ways[name] = {"near": interval(np.mean, near(own, images, student)), "way": interval(np.mean, share_of_way(student, own, differences))}
+        ways[name] = {"near": interval(np.mean, near(student, own, images)), "way": interval(np.mean, share_of_way(student, own, differences))}
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
-    return ways, {"follows": float(follows["student"].mean()), "near": float(near(student, images, student).mean())}
+    _, length, biased = common_part(differences)
+    return ways, {"follows": float(follows["student"].mean()), "near": float(membership(student, images).mean()), "lacks": float(length / biased)}
 
 
 def teacher_verdict(ways, student):
@@ -553,8 +565,8 @@ def teacher_verdict(ways, student):
         text = f"Doubtful: of the best teacher ({flags}), {drawn}. Expect part of the concept; look at teacher.png."
     else:
         text = f"No teacher can draw this: of the best ({best}), {drawn}. Training will hardly teach it."
-    if student["near"] >= WORTH:
-        text = f"The base draws this untrained: {100 * student['near']:.0f} % of the student's pictures are as near to the training images. {text}"
+    if student["near"] >= WORTH and student["lacks"] < 0.25:
+        text = f"The base draws this untrained: the student's pictures lack nothing that the training images have in common. {text}"
     better = [name for name in ways if not ways[name]["trainable"] and ways[name]["near"][1] > share]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
@@ -614,8 +626,7 @@ def print_teacher(record):
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
         print(f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
-    print(f"Of the student's pictures, {100 * record['student']['near']:.0f} % are near the training images; it follows its prompts by "
-          f"{record['student']['follows']:.3f} (similarity to its own prompt over that to the others).")  # fmt: skip
+    print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others).")
 
 
 def teacher_sheet(drawings, captions, new, dataset, args, rows=4):
@@ -689,7 +700,7 @@ def figures_of(f, t, fine, images):
     ratio = lambda a, b: a.mean() / b.mean()  # noqa: E731
     change = lambda a, b: a.mean() - b.mean()  # noqa: E731
     return {
-        "learned": interval(np.mean, near(after, images, before)),
+        "learned": interval(np.mean, near(before, after, images)),
         "way": interval(np.mean, share_of_way(before, after, differences)),
         "concept_follows": interval(change, t["concept", "tuned", "few"], t["concept", "base", "few"]),
         "drift": interval(ratio, moved, seeds),

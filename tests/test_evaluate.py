@@ -320,11 +320,17 @@ def test_pictures_of_the_concept_are_near_and_a_copy_counts_no_more():
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     concept = np.eye(40)[0] * 2
     images, fresh, base = unit(concept + rng.normal(size=(4, 40)) / 3), unit(concept + rng.normal(size=(8, 200, 40)) / 3), unit(rng.normal(size=(8, 200, 40)))
-    assert 0.5 < instruments.near(fresh, images, base).mean() and instruments.near(base, images, base).mean() < 0.01
-    copies = np.repeat(images[np.arange(8) % 4][:, None], 2, axis=1)
-    assert np.isclose(instruments.near(copies, images, base[:, :2]).mean(), 0.75)
-    alone = instruments.near(np.stack([images[:1], base[0, :1]]), images[:1], base)
-    assert alone[0, 0] == 1 and alone[1, 0] == 0
+    assert 0.5 < instruments.near(base, fresh, images).mean() and instruments.near(base, unit(rng.normal(size=base.shape)), images).mean() < 0.01
+    copies = np.repeat(images[np.arange(8) % 4][:, None], 200, axis=1)
+    assert np.isclose(instruments.membership(copies, images).mean(), 0.75)
+    assert instruments.near(base, base, images[:1]).mean() == 0 and instruments.near(base[:1], images[:1, None], images[:1]).mean() == 1
+
+
+def test_scattered_images_are_no_invitation():
+    """The images of a style have so little in common that the base's own pictures are as near to them: nothing is learned by that."""
+    rng = np.random.default_rng(0)
+    images, base = rng.normal(size=(4, 40)) + np.eye(40)[0], rng.normal(size=(8, 4, 40))
+    assert instruments.near(base, base, images).mean() == 0
 
 
 def test_interval_narrows_with_prompts_and_holds_its_value():
@@ -352,10 +358,10 @@ def test_verdict_on_teachers(shares, student, words):
         name: {"near": [share, share - 0.05, share + 0.05], "flags": f"--{name}", "trainable": name == "a", "tokens": []}
         for name, share in zip("ab", shares)
     }
-    best, verdict = instruments.teacher_verdict(ways, {"near": student})
+    best, verdict = instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})
     assert words in verdict and best == "a" and "Outlying" not in verdict
     ways["b"]["tokens"] = [{"layer": -2, "image": 60.0, "text": 3.0}]
-    assert "Outlying dimensions in the image tokens (b)" in instruments.teacher_verdict(ways, {"near": student})[1]
+    assert "Outlying dimensions in the image tokens (b)" in instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})[1]
 
 
 @pytest.mark.parametrize(("answer", "level"), [

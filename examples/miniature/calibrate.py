@@ -4,7 +4,7 @@
 
 For each case, a concept and a teacher, `evaluate.py teacher` scores the teacher before training; then a LoRA is trained with it (default layers, rank
 16, one state of each rollout, 128 steps of 2, rate 1e-3 on a cosine, decay .999, prior prompts) and the judge counts in how many held-out scenes it draws the concept.
-A wrong teacher is shown pictures of another concept, one without picture sees the prompt alone. Then `evaluate.py report` looks at trainings of
+A wrong teacher is shown pictures of another concept. One without picture sees the prompt alone, so its loss is zero: the base is judged. Then `evaluate.py report` looks at trainings of
 several methods on three concepts, and the judge says which learned the concept and which kept the unrelated prompts. Finished runs are entries of
 calibrate.json and are not run again.
 """
@@ -52,7 +52,7 @@ TEACHERS = [
 METHODS = {
     "D-OPSD with prior prompts": ("prior", 1e-3), "D-OPSD": ("dopsd", 1e-3), "SFT, 3e-4": ("sft", 3e-4), "SFT, 1e-3": ("sft", 1e-3),
 }  # fmt: skip
-TRAINED_WITH = {"target": "prior", "other": "other", "wrong": "wrong", "none": "no_picture"}
+TRAINED_WITH = {"target": "prior", "other": "other", "wrong": "wrong", "none": "base"}
 BATCH = 2
 NEW_PROMPTS, ORDINARY_PROMPTS = 6, 16
 KEPT = 0.85  # of the unrelated prompts right: what the judge calls kept. Before training 92 to 94 per cent are
@@ -119,7 +119,7 @@ def judge():
 
 def judged(name, method, rate, args):
     """What the judge says of a trained LoRA: shares right over noise seeds, of the concept and, for the reports, of unrelated prompts."""
-    pipeline = load_pipeline(train(name, method, rate, args))
+    pipeline = load_pipeline(None if method == "base" else train(name, method, rate, args))
     results, _ = concept_accuracy(pipeline, judge(), CASES[name], range(args.seeds))
     figures = {"concept": [right for right, _ in results]}
     return figures | (unrelated_accuracy(pipeline, judge(), range(args.seeds)) if (method, rate) in METHODS.values() and name in CONCEPTS else {})
@@ -206,12 +206,12 @@ def main():
     finished = json.loads(FINISHED.read_text()) if FINISHED.exists() else {}
     for name, teacher in TEACHERS:
         once(f"score {name} {teacher}", functools.partial(score, name, teacher, args), finished)
-    for name, teacher in TEACHERS:
-        once(f"judged {name} {TRAINED_WITH[teacher]} 0.001", functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args), finished)
     for name in CONCEPTS:
         for method, rate in METHODS.values():
             once(f"judged {name} {method} {rate:g}", functools.partial(judged, name, method, rate, args), finished)
             once(f"report {name} {method} {rate:g}", functools.partial(look, name, method, rate, args), finished)
+    for name, teacher in TEACHERS:
+        once(f"judged {name} {TRAINED_WITH[teacher]} 0.001", functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args), finished)
     print_teachers(finished)
     print_reports(finished)
 
