@@ -19,14 +19,13 @@ from conftest import ROOT
 MINIATURE = ROOT / "examples" / "miniature"
 sys.path[:0] = [str(MINIATURE), str(ROOT / "examples")]
 
-import domain  # noqa: E402
-import train_sft  # noqa: E402
-import trials  # noqa: E402
-
 import compare  # noqa: E402
 import curves  # noqa: E402
+import domain  # noqa: E402
 import train_dopsd_full  # noqa: E402
 import train_dopsd_lora  # noqa: E402
+import train_sft  # noqa: E402
+import trials  # noqa: E402
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,

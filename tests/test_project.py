@@ -14,7 +14,6 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "utils"))
 import flags as flags_page  # noqa: E402
-
 from fix_copies import definitions, with_copies  # noqa: E402
 
 

@@ -25,9 +25,8 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from build import HERE, Run, device, judge_scene, run_stages, stage_parser
-
 import world
+from build import HERE, Run, device, judge_scene, run_stages, stage_parser
 from judge import ATTRIBUTES, label, to_tensor
 
 

@@ -21,7 +21,6 @@ from transformers import Qwen3ForCausalLM
 
 import build
 from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
-
 from pipeline_dopsd import DOPSDFlux2KleinPipeline
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import trials
 from accelerate.state import AcceleratorState, GradientState
 
 import compare
+import trials
 from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes, write
 from evaluate import HERE, STEPS, captions, concept_accuracy, load_pipeline, unrelated_accuracy
 from judge import Judge

@@ -19,13 +19,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
-import trials
 from PIL import Image
-from trials import K, Variant, script, shown, worth
 
+import trials
 import world
 from concepts import CONCEPTS, training_pictures
 from evaluate import HERE
+from trials import K, Variant, script, shown, worth
 
 
 sys.path.insert(0, str(HERE.parent))

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import trials
 from PIL import Image, ImageDraw
-from trials import WHOLE, K, Variant, script, shown, worth
 
+import trials
 from concepts import CONCEPTS
+from trials import WHOLE, K, Variant, script, shown, worth
 
 
 SEARCHED = "cored_house"
