@@ -48,6 +48,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -1146,12 +1147,12 @@ def to_device(tensor, device):
 def read_ahead(make, numbers):
     """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
     with ThreadPoolExecutor(1) as reader:
-        made = collections.deque()
-        for number in numbers:
-            made.append(reader.submit(make, number))
-            if len(made) > 2:
-                yield made.popleft().result()
-        yield from (one.result() for one in made)
+        numbers = iter(numbers)
+        made = collections.deque(reader.submit(make, number) for number in itertools.islice(numbers, 2))
+        while made:
+            batch = made.popleft().result()
+            made.extend(reader.submit(make, number) for number in itertools.islice(numbers, 1))
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -1626,7 +1627,9 @@ def save_pipeline(transformer, family, args):
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     aside.rename(folder / "transformer")
     if not base.is_dir():
-        base = Path(snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, ignore_patterns=["transformer/*"]))
+        index = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        needed = ["model_index.json", *(f"{name}/*" for name in component_folders(index) if name != "transformer")]
+        base = Path(snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, allow_patterns=needed))
     index = json.loads((base / "model_index.json").read_text())
     for name in component_folders(index):
         if name != "transformer":

@@ -47,6 +47,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -1111,12 +1112,12 @@ def to_device(tensor, device):
 def read_ahead(make, numbers):
     """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
     with ThreadPoolExecutor(1) as reader:
-        made = collections.deque()
-        for number in numbers:
-            made.append(reader.submit(make, number))
-            if len(made) > 2:
-                yield made.popleft().result()
-        yield from (one.result() for one in made)
+        numbers = iter(numbers)
+        made = collections.deque(reader.submit(make, number) for number in itertools.islice(numbers, 2))
+        while made:
+            batch = made.popleft().result()
+            made.extend(reader.submit(make, number) for number in itertools.islice(numbers, 1))
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------------- validation
