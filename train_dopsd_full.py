@@ -937,14 +937,13 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     workers = min(args.dataset_num_workers, len(batches) // 16)
     options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
     loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
-    bar = tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
-               disable=not accelerator.is_local_main_process)  # fmt: skip
-    for number, (batch, references, images) in enumerate(loader, 1):
-        encode_batch(pipeline, args, cache, batch, references, images)
-        bar.update(len(batch))
-        if number == len(groups):
-            check_space(cache, groups, accelerator)
-    bar.close()
+    with tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
+              disable=not accelerator.is_local_main_process) as bar:  # fmt: skip
+        for number, (batch, references, images) in enumerate(loader, 1):
+            encode_batch(pipeline, args, cache, batch, references, images)
+            bar.update(len(batch))
+            if number == len(groups):
+                check_space(cache, groups, accelerator)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
