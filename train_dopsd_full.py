@@ -48,6 +48,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -943,14 +944,13 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     workers = min(args.dataset_num_workers, len(batches) // 16)
     options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
     loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
-    bar = tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
-               disable=not accelerator.is_local_main_process)  # fmt: skip
-    for number, (batch, references, images) in enumerate(loader, 1):
-        encode_batch(pipeline, args, cache, batch, references, images)
-        bar.update(len(batch))
-        if number == len(groups):
-            check_space(cache, groups, accelerator)
-    bar.close()
+    with tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
+              disable=not accelerator.is_local_main_process) as bar:  # fmt: skip
+        for number, (batch, references, images) in enumerate(loader, 1):
+            encode_batch(pipeline, args, cache, batch, references, images)
+            bar.update(len(batch))
+            if number == len(groups):
+                check_space(cache, groups, accelerator)
     del pipeline
     free_memory()
     if accelerator.device.type == "cuda":
@@ -1153,12 +1153,12 @@ def to_device(tensor, device):
 def read_ahead(make, numbers):
     """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
     with ThreadPoolExecutor(1) as reader:
-        made = collections.deque()
-        for number in numbers:
-            made.append(reader.submit(make, number))
-            if len(made) > 2:
-                yield made.popleft().result()
-        yield from (one.result() for one in made)
+        numbers = iter(numbers)
+        made = collections.deque(reader.submit(make, number) for number in itertools.islice(numbers, 2))
+        while made:
+            batch = made.popleft().result()
+            made.extend(reader.submit(make, number) for number in itertools.islice(numbers, 1))
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------------- validation
@@ -1640,7 +1640,9 @@ def save_pipeline(transformer, family, args):
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     aside.rename(folder / "transformer")
     if not base.is_dir():
-        base = Path(snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, ignore_patterns=["transformer/*"]))
+        index = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        needed = ["model_index.json", *(f"{name}/*" for name in component_folders(index) if name != "transformer")]
+        base = Path(snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, allow_patterns=needed))
     index = json.loads((base / "model_index.json").read_text())
     for name in component_folders(index):
         if name != "transformer":

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 import weakref
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_dataset_with_columns_of_other_names(read, tmp_path, images):
     assert read(instance_data_dir=None, dataset_name=tmp_path / "data", **columns) == [["one"], ["two"]]
     with pytest.raises(ValueError, match="--image_column 'image'"):
         read(instance_data_dir=None, dataset_name=tmp_path / "data", caption_column="label")
+
+
+def test_shards_of_webdataset(read, images, tmp_path):
+    """Sets of more images than the memory holds come in such files; they are to be taken as they are."""
+    (tmp_path / "data").mkdir()
+    for shard, names in enumerate(("ab", "cd")):
+        with tarfile.open(tmp_path / "data" / f"train-{shard:04}.tar", "w") as tar:
+            for name in names:
+                for suffix in ("png", "txt"):
+                    tar.add(images / f"{name}.{suffix}", f"{name}.{suffix}")
+    columns = {"instance_data_dir": None, "dataset_name": tmp_path / "data", "image_column": "png", "caption_column": "txt"}
+    assert [captions[0].strip() for captions in read(**columns)] == ["\n".join(captions) for captions in CAPTIONS.values()]
+    with pytest.raises(ValueError, match="--image_column 'image' is none of the columns .*png"):
+        read(**{**columns, "image_column": "image"})
 
 
 def test_captions_in_text_files_of_capitals(read, images, tmp_path):

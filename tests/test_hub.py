@@ -207,6 +207,19 @@ def test_snapshot_and_folder_have_one_key(hub, base, tmp_path):
     assert result.stdout.split()[-1] == script.fingerprint(str(base), patterns, None, tmp_path / "folder.json")
 
 
+def test_only_folders_of_components_are_downloaded(hub, base, flags, tmp_path):
+    """Repositories of bases hold single-file checkpoints beside the folders, 7.75 GB on klein."""
+    hub.upload("tiny/large", base)
+    hub.files("tiny/large").update({"large.safetensors": b"0" * 1000, "examples/picture.png": b"0"})
+    changes = {"pretrained_model_name_or_path": "tiny/large", "max_train_steps": 1, "rank": None, "learning_rate": 1e-3}
+    command = [sys.executable, ROOT / "train_dopsd_full.py", *flags("out", **changes)]
+    result = run(command, tmp_path, **guarded_environment(tmp_path, hub.url))
+    assert result.returncode == 0, result.stderr[-3000:]
+    fetched = {p.relative_to(p.parents[i]).as_posix() for i in (0, 1) for p in (tmp_path / "home").rglob("snapshots/*" + "/*" * (i + 1)) if p.is_file()}
+    assert {"model_index.json", "vae/config.json"} <= fetched and not {"large.safetensors", "examples/picture.png"} & fetched
+    assert (tmp_path / "out" / "tokenizer").is_dir() and not (tmp_path / "out" / "large.safetensors").exists()
+
+
 def test_every_way_gives_the_pictures_of_the_training(loaded, pushed):
     """A LoRA that runs weaker than it was trained, or not at all, without an error."""
     expected = np.asarray(Image.open(pushed.out / "samples" / "0.png")).astype(int)
