@@ -525,9 +525,9 @@ def token_statistics(family, way, layer, dataset, files):
         for kind in tokens:
             tokens[kind].append(embeds[seen == kind])
     rms = {kind: torch.cat(found).square().mean(dim=0).sqrt() for kind, found in tokens.items()}
-    layers = [layer or getattr(family, "hidden_layer", None)]
-    if layers == [None]:  # several, which the base's configuration may name
-        layers = family.load_config(**base).get("text_encoder_out_layers", family.stock_layers)
+    config = family.load_config(**base)
+    several = config.get("text_encoder_out_layers") or config.get("text_encoder_select_layers") or getattr(family, "stock_layers", None)
+    layers = [layer or family.hidden_layer] if hasattr(family, "hidden_layer") else several or range(len(rms[True]))
     return [
         {"layer": name, **{who: (r[i].max() / r[i].median()).item() for who, r in (("image", rms[True]), ("text", rms[False]))}}
         for i, name in enumerate(layers)

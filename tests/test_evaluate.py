@@ -140,6 +140,15 @@ def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, c
     assert Image.open(tmp_path / "teacher.png").width > 128 * 6
 
 
+@pytest.mark.families("klein", "krea")
+def test_teachers_of_every_family_are_looked_at(evaluate, family, tmp_path):
+    """A user of another family would meet a traceback, or no word on one of its teachers."""
+    record = evaluate("teacher", tmp_path, teacher_image=["target"], num_inference_steps=1, resolution=64)
+    assert list(record["ways"]) == [f"{context}, target" for context in family.pipeline.teacher_contexts]
+    tokens = record["ways"]["vlm, target"]["tokens"]
+    assert len(tokens) > 1 and all(np.isfinite([t["image"], t["text"]]).all() and isinstance(t["layer"], int) for t in tokens)
+
+
 def test_contexts_of_the_check_are_those_of_the_training(evaluate, train, tmp_path, monkeypatch):
     """Both encoders of gigabytes would load a second time."""
     data, out = single(tmp_path / "data"), tmp_path / "out"
