@@ -190,7 +190,7 @@ def test_each_baseline_trains(name, contexts):
 def test_sft_of_the_comparison_is_that_of_the_script():
     """The table's SFT would not be the one that users of train_sft.py get."""
     _, lent = trials.measuring("model")
-    stand_in = compare.Baseline(compare.sft, None, MINIATURE / "concepts" / "arrow", lent)
+    stand_in = compare.Baseline(compare.sft, MINIATURE / "concepts" / "arrow", lent)
     x0, contexts = torch.cat(list(stand_in.latents.values()))[:2], lent.encode_student(["a circle", "a red ring"])
     stand_in.shift = train_sft.shift_of(lent, x0, 4)
     torch.manual_seed(0)

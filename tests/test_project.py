@@ -95,6 +95,12 @@ def test_bounds_can_be_met_together(path):
                     assert Version(ours) >= Version(other), f"{name} asks for {needed}, the header for {ours}"
 
 
+def test_configs_name_no_folder_of_a_machine():
+    """The names of somebody's folders would be published, and mean nothing anywhere else."""
+    for path in (ROOT / "examples" / "miniature").rglob("*.json"):
+        assert not re.search(r'": "/', path.read_text("utf-8")), path
+
+
 def test_page_of_flags_is_that_of_the_scripts():
     """Users would read of flags and defaults that are gone. Remedy: make flags."""
     assert (ROOT / "docs" / "flags.md").read_text("utf-8") == flags_page.page()

@@ -106,6 +106,7 @@ def stage_text(args):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     reader = BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, pad_token_id=tokenizer.pad_token_id))
     eyes = ConvNextModel.from_pretrained(args.output_dir / "encoders" / "image", dtype=torch.float32)
+    eyes.config._name_or_path = ""  # a folder of this machine
     eyes.config.hidden_size = 112  # the image-text model asks for it by this name
     config = VisionTextDualEncoderConfig.from_vision_text_configs(eyes.config, reader.config, projection_dim=64)
     model = VisionTextDualEncoderModel(config, eyes, reader)
