@@ -135,7 +135,7 @@ QUESTIONS = {
         [("m4", 1.0), ("m1", 0.2)], BATCHES, RATES, curves=True, given={("m4", 1.0): (4, 1e-3)},
     ),
     "searched": Question("All states at the best of the same settings", [("m4", 1.0)], BATCHES, RATES, seeds=1),
-    "klein": Question("The same on klein's miniature", [("m4", 1.0), ("m1", 0.2)], (1, 2), (1e-3, 2e-3), seeds=1, curves=True, model="klein", given={("m4", 1.0): (4, 1e-3)}),
+    "klein": Question("The same on klein's miniature", [("m4", 1.0), ("m1", 0.2)], (1, 2), (1e-3, 2e-3), curves=True, model="klein", given={("m4", 1.0): (4, 1e-3)}),
     "equal": Question(
         "One, two and all of the states for a fifth of the passes", [("m1", 0.2), ("m2", 0.2), ("m4", 0.2)], BATCHES, RATES, curves=True
     ),
