@@ -40,6 +40,7 @@ sys.path.append(str(ROOT / "examples" / "miniature"))
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
+    MAIN,
     held_out_scenes,
     training_pictures,
     training_scenes,
@@ -405,7 +406,7 @@ def test_documented_commands_have_real_flags():
     assert len(commands) == 3
 
 
-@pytest.mark.parametrize("name", CONCEPTS)
+@pytest.mark.parametrize("name", MAIN)
 def test_miniatures_encoder_sees_what_makes_up_a_concept(name):
     """Its verdicts, and their calibration, would be those of a blind man."""
     concept, look = CONCEPTS[name], instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)

@@ -29,6 +29,7 @@ import trials  # noqa: E402
 import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
+    MAIN,
     held_out_scenes,
     prior_prompts,
     training_pictures,
@@ -69,7 +70,7 @@ def test_concepts_are_never_sampled():
 
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, new=i % 2 == 0) for i in range(4000)]
-    for concept in CONCEPTS.values():
+    for concept in (CONCEPTS[name] for name in MAIN):
         assert (concept.shape, concept.colour) not in {(s.shape, s.colour) for s in scenes}
     assert not {s.shape for s in scenes} & set(world.NEW_SHAPES)
     kept_out = world.style_of(world.NEW_STYLE)
@@ -137,13 +138,13 @@ def test_kleins_teachers_show_what_words_cannot(context, name, judge):
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature):
-    """With a teacher no better than the student, D-OPSD has nothing to teach."""
+    """With a teacher no better than the student, D-OPSD has nothing to teach; one concept is there to show it."""
     concept = CONCEPTS[name]
     scenes = held_out_scenes(concept)
     student = sample(miniature, miniature.encode_student(captions(scenes, concept)), seed=0)
     teacher = sample(miniature, teacher_contexts(miniature, concept), seed=0)
     words, picture = (accuracy(judge, images, scenes, concept.shows)[0] for images in (student, teacher))
-    assert picture > 0.6 and words < 0.1
+    assert words < 0.1 and (picture < 0.35 if name == "checkered_house" else picture > 0.6)
 
 
 def test_weights_stay_small():

@@ -47,7 +47,13 @@ CONCEPTS = {
     "arrow": Concept("zorp", shape="arrow", colour="purple", pattern="outlined"),
     "cored_house": Concept("blick", shape="house", colour="red", pattern="core"),
     "ember": Concept("quave", style=world.NEW_STYLE),
+    "crown": Concept("zorp", shape="crown", colour="green", pattern="outlined"),
+    # purple hatching on light green, with a dark edge. The judge knows it from plain pictures and from ember, not from other styles
+    "hatch": Concept("quave", style="random-7"),
+    # the teacher can hardly draw it
+    "checkered_house": Concept("blick", shape="house", colour="red", pattern="checkered"),
 }
+MAIN = ["arrow", "cored_house", "ember"]  # on which settings are chosen
 
 
 def training_scenes(concept, count=4):

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import trials
-from concepts import CONCEPTS
+from concepts import MAIN
 from trials import WHOLE, K, Variant, script, shown, worth
 
 
@@ -137,9 +137,9 @@ QUESTIONS = {
     "searched": Question("All states at the best of the same settings", [("m4", 1.0)], BATCHES, RATES, seeds=1),
     "klein": Question("The same on klein's miniature", [("m4", 1.0), ("m1", 0.2)], (1, 2), (1e-3, 2e-3), curves=True, model="klein", given={("m4", 1.0): (4, 1e-3)}),
     "equal": Question(
-        "One, two and all of the states for a fifth of the passes", [("m1", 0.2), ("m2", 0.2), ("m4", 0.2)], BATCHES, RATES, curves=True
+        "One, two and all of the states for a fifth of the passes", [("m1", 0.2), ("m2", 0.2), ("m4", 0.2)], (1, 2), (1e-3, 2e-3), curves=True
     ),
-    "variants": Question("Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")]),
+    "variants": Question("Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")], seeds=1),
 }  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def run(job):
 
 def answer(question, pool, args):
     """Searches each variant's setting and trains it; returns the settings and, by variant and concept, the runs' points."""
-    results, runs = {}, {entry: {concept: [] for concept in CONCEPTS} for entry in question.runs}
+    results, runs = {}, {entry: {concept: [] for concept in MAIN} for entry in question.runs}
     jobs = [(question.model, *entry, SEARCHED, setting, 0, "", args) for entry in question.searched for setting in question.settings]
     for (_, name, share, concept, setting, *_), points in pool.map(run, jobs):
         results[(name, share), setting] = points[-1]
@@ -158,7 +158,7 @@ def answer(question, pool, args):
     best = {entry: max(question.settings, key=lambda s: worth(results[entry, s])) for entry in question.searched} | question.given  # noqa: B023
     jobs = [
         (question.model, *entry, concept, best[entry], seed, "-curve" if question.curves and (concept, seed) == (SEARCHED, 0) else "", args)
-        for seed in range(question.seeds) for entry in question.runs for concept in CONCEPTS
+        for seed in range(question.seeds) for entry in question.runs for concept in MAIN
     ]  # fmt: skip
     for (_, name, share, concept, setting, seed, _), points in pool.map(run, jobs):
         runs[name, share][concept].append(points)
@@ -178,8 +178,8 @@ def cell(ends):
 
 def print_tables(question, results, best, runs):
     print(f"\n{question.title}: concept right / unrelated right, per cent; training seeds: {question.seeds}\n")
-    print(f"| | passes of an image | share of {WHOLE} | batch | learning rate | {' | '.join(CONCEPTS)} | mean | fine detail |")
-    print("|---" * (7 + len(CONCEPTS)) + "|")
+    print(f"| | passes of an image | share of {WHOLE} | batch | learning rate | {' | '.join(MAIN)} | mean | fine detail |")
+    print("|---" * (7 + len(MAIN)) + "|")
     for (name, share), found in runs.items():
         ends = {concept: [points[-1] for points in several] for concept, several in found.items()}
         # one mean over the concepts for each training seed
