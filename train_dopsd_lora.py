@@ -512,21 +512,6 @@ def read_dataset(args):
     return with_captions(images, captions)
 
 
-def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
-    """Raises ValueError for a `name` that is neither here nor on the Hub. The libraries would ask the Hub six times."""
-    if os.path.exists(name):
-        return
-    try:
-        validate_repo_id(name)
-        cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
-        if not cached and not is_offline_mode():
-            HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
-    except Exception as error:  # also of the network
-        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
-        reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
-        raise ValueError(f"--{flag} {name} is no folder, and {reason}.") from error
-
-
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
     Raises ValueError that names an image that cannot be read."""
@@ -785,111 +770,6 @@ def sees_references(args):
 def weight_dtype_of(args):
     """dtype of the frozen weights: that of mixed precision."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-
-
-def check_contexts(family, args, dataset, pairs):
-    """Raises ValueError for a VLM that does not fit, a text with a special token and a context that is too long; reads no weights."""
-    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
-    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
-        transformer_config, config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
-        longest, longest_prompt = family.max_context_length(transformer_config, config), family.max_prompt_length(config)
-        no_prompt = family.prompt_length(tokenizer, "")
-    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
-    if not edit:
-        width = text_config.get_text_config().hidden_size
-        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(width)
-        if not args.vlm_model_name_or_path:
-            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {width}.")
-        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="preprocessor_config.json")
-        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
-            encoder = family.make_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels, text_config, tokenizer)
-        if "*.safetensors" in family.vlm_files:
-            check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
-        special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
-        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
-        without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
-    for index, caption in pairs:
-        text = caption if index is None else caption + suffix
-        if token := next((token for token in special if token and token in text), None):
-            place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
-            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat; write it otherwise.")
-        prompt = text if edit else caption
-        limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
-        if not edit and index is not None:
-            bucket = shown_row(buckets, index, args)
-            length_of = functools.partial(encoder.context_length, text, *bucket, ending)
-            limits.insert(0, (longest, without_text[bucket], length_of, " or lower --teacher_max_pixels"))
-        for limit, without, length_of, remedy in limits:
-            # a token is at least one byte: of most texts no token needs to be counted
-            if without + len(text.encode()) > limit and (length := length_of()) > limit:
-                place = place_of(dataset, index, caption, args)
-                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}. Shorten it{remedy}.")
-
-
-def place_of(dataset, index, caption, args):
-    """Where a caption or prompt stands."""
-    if index is None and args.prior_prompts is None:
-        return "the built-in --prior_prompts"
-    if index is None:
-        lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
-        return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
-    if caption == args.instance_prompt:
-        return "--instance_prompt"
-    row = dataset[index]
-    if caption not in row["captions"]:
-        return "--validation_prompt"
-    return f"caption {row['captions'].index(caption) + 1} of row {index} ({row['image']['path'] or args.dataset_name})"
-
-
-def check_weights(flag, name, parts, variant=None):
-    """Raises ValueError for weights in a folder that are missing or cut off; only the beginnings of their files are read."""
-    if not Path(name).is_dir():
-        return  # what the Hub sends is checked as it arrives
-    if variant and not any(Path(name).glob(f"*/*.{variant}*")):
-        raise ValueError(f"--variant {variant}: {name} holds no such weights.")
-    for folder in (Path(name) / part for part in parts):
-        files = set(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"--{flag} {name}: {folder} holds no weights (*.safetensors).")
-        for index in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
-            with blamed_on(f"--{flag} {index}"):
-                files |= {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
-        for file in sorted(files):
-            with blamed_on(f"--{flag} {file}"), safe_open(file, "pt"):
-                pass
-
-
-def check_packages(args, sharded=False):
-    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, a tracker or a quantisation cannot work on this machine."""
-    packages = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
-    packages |= {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
-    for flag in ("report_to", "optimizer", "quantization", "encoder_quantization"):
-        kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
-        if kind in QUANTIZATIONS and args.mixed_precision != "bf16":
-            raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
-        if kind in packages and not importlib.util.find_spec(packages[kind]):
-            raise ValueError(f"--{flag} {kind} needs {packages[kind]}: pip install {packages[kind]}.")
-        if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
-            raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
-
-
-def quantization_config(component, kind, library):
-    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
-    if not kind:
-        return None
-    whole = ["visual", "lm_head"]  # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
-    if kind == "nf4":
-        config = library.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=whole
-        )
-    else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind](), whole)
-    return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
 
 
 def encode_contexts(family, args, cache, dataset, pairs, accelerator):
@@ -1249,51 +1129,6 @@ def clear_output_dir(args):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-class Stop:
-    """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when a second
-    one comes a second later or more, the process ends at once. Sooner, it is the same one, which a launcher has passed on. A
-    launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
-
-    def __init__(self):
-        self.number, self.since, self.training = 0, 0.0, False
-
-    def listen(self):
-        """To be called once, by the main thread of a process."""
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks one
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, self.note)
-        parent = psutil.Process().parent()
-        with contextlib.suppress(psutil.Error, AttributeError):
-            if any(word in " ".join(parent.cmdline()) for word in ("accelerate", "torchrun", "torch.distributed")):
-                threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
-
-    def watch(self, parent):
-        while parent.is_running() and os.getppid() == parent.pid:
-            time.sleep(1)
-        if not self.number:  # Ctrl-C ends launcher and script alike
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def note(self, number, frame):
-        name, now = signal.Signals(number).name, time.monotonic()
-        if self.number and now - self.since < 1:
-            return
-        if self.number or not self.training:
-            os.write(2, f"\nStopped by {name}. What was written is kept; the same command goes on from it.\n".encode())
-            os._exit(128 + number)
-        os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
-        self.number, self.since = number, now
-
-    def asked(self, accelerator):
-        """Number of a signal that any of the processes has had, or 0: the same in all of them."""
-        if accelerator.num_processes == 1:
-            return self.number
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
-
-
-STOP = Stop()
-
-
 # -------------------------------------------------------------------------------------------------------- checkpoints
 @dataclasses.dataclass
 class Training:
@@ -1576,6 +1411,7 @@ def report_disk(training, args, first_step):
             logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
 
 
+# ------------------------------------------------------------------------------------------------------------- output
 def public_settings(args):
     """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
 
@@ -1585,7 +1421,6 @@ def public_settings(args):
     return {name: shown(value) for name, value in vars(args).items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- output
 def lora_state_dict(transformer):
     """Weights of the LoRA with its scale folded into lora_B, so that programs that ignore alpha run it at equal strength."""
     weights = get_peft_model_state_dict(transformer)
@@ -1621,7 +1456,7 @@ def save_repository_files(pipeline, args):
     (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------- card and push
+# ------------------------------------------------------------------------------------------------------ card and push
 def save_samples(pictures, args):
     """Replaces the pictures of the model card's gallery."""
     folder = Path(args.output_dir) / "samples"
@@ -1811,7 +1646,54 @@ def save_lora_card(args, samples, step, name):
     save_card(args, samples, step, name, about, loading, ["lora", "template:sd-lora"])
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------------- checks
+def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
+    """Raises ValueError for a `name` that is neither here nor on the Hub. The libraries would ask the Hub six times."""
+    if os.path.exists(name):
+        return
+    try:
+        validate_repo_id(name)
+        cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
+        if not cached and not is_offline_mode():
+            HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
+    except Exception as error:  # also of the network
+        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
+        reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
+        raise ValueError(f"--{flag} {name} is no folder, and {reason}.") from error
+
+
+def check_weights(flag, name, parts, variant=None):
+    """Raises ValueError for weights in a folder that are missing or cut off; only the beginnings of their files are read."""
+    if not Path(name).is_dir():
+        return  # what the Hub sends is checked as it arrives
+    if variant and not any(Path(name).glob(f"*/*.{variant}*")):
+        raise ValueError(f"--variant {variant}: {name} holds no such weights.")
+    for folder in (Path(name) / part for part in parts):
+        files = set(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"--{flag} {name}: {folder} holds no weights (*.safetensors).")
+        for index in folder.glob(f"*.safetensors.index.{variant}.json" if variant else "*.safetensors.index.json"):
+            with blamed_on(f"--{flag} {index}"):
+                files |= {folder / file for file in json.loads(index.read_text())["weight_map"].values()}
+        for file in sorted(files):
+            with blamed_on(f"--{flag} {file}"), safe_open(file, "pt"):
+                pass
+
+
+def check_packages(args, sharded=False):
+    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, a tracker or a quantisation cannot work on this machine."""
+    packages = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+    packages |= {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
+    for flag in ("report_to", "optimizer", "quantization", "encoder_quantization"):
+        kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
+        if kind in QUANTIZATIONS and args.mixed_precision != "bf16":
+            raise ValueError(f"--{flag} {kind} computes in bf16: give --mixed_precision bf16.")
+        if kind in packages and not importlib.util.find_spec(packages[kind]):
+            raise ValueError(f"--{flag} {kind} needs {packages[kind]}: pip install {packages[kind]}.")
+        if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
+            raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
+
+
 def resolve_arguments(family, args):
     """Fills in what the family has defaults for.
 
@@ -1828,6 +1710,63 @@ def resolve_arguments(family, args):
         raise ValueError("--reference_column: this model takes no reference images.")
     if args.teacher_prompt_suffix is None:
         args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+
+
+def check_contexts(family, args, dataset, pairs):
+    """Raises ValueError for a VLM that does not fit, a text with a special token and a context that is too long; reads no weights."""
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
+        transformer_config, config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
+        longest, longest_prompt = family.max_context_length(transformer_config, config), family.max_prompt_length(config)
+        no_prompt = family.prompt_length(tokenizer, "")
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
+    if not edit:
+        width = text_config.get_text_config().hidden_size
+        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(width)
+        if not args.vlm_model_name_or_path:
+            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {width}.")
+        check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="preprocessor_config.json")
+        with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
+            encoder = family.make_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels, text_config, tokenizer)
+        if "*.safetensors" in family.vlm_files:
+            check_weights("vlm_model_name_or_path", args.vlm_model_name_or_path, [""])
+        special |= {*encoder.tokenizer.all_special_tokens, *encoder.tokenizer.get_added_vocab()}
+        ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
+        without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
+    for index, caption in pairs:
+        text = caption if index is None else caption + suffix
+        if token := next((token for token in special if token and token in text), None):
+            place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
+            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat; write it otherwise.")
+        prompt = text if edit else caption
+        limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
+        if not edit and index is not None:
+            bucket = shown_row(buckets, index, args)
+            length_of = functools.partial(encoder.context_length, text, *bucket, ending)
+            limits.insert(0, (longest, without_text[bucket], length_of, " or lower --teacher_max_pixels"))
+        for limit, without, length_of, remedy in limits:
+            # a token is at least one byte: of most texts no token needs to be counted
+            if without + len(text.encode()) > limit and (length := length_of()) > limit:
+                place = place_of(dataset, index, caption, args)
+                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}. Shorten it{remedy}.")
+
+
+def place_of(dataset, index, caption, args):
+    """Where a caption or prompt stands."""
+    if index is None and args.prior_prompts is None:
+        return "the built-in --prior_prompts"
+    if index is None:
+        lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
+        return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
+    if caption == args.instance_prompt:
+        return "--instance_prompt"
+    row = dataset[index]
+    if caption not in row["captions"]:
+        return "--validation_prompt"
+    return f"caption {row['captions'].index(caption) + 1} of row {index} ({row['image']['path'] or args.dataset_name})"
 
 
 def check_inputs(args):
@@ -1887,6 +1826,7 @@ def check_inputs(args):
     return family, dataset, pairs, cache, identity, state
 
 
+# ------------------------------------------------------------------------------------------------------------- models
 def make_accelerator(args):
     """Accelerator, logging and seeds; `args.mixed_precision` becomes what accelerate resolved it to."""
     accelerator = Accelerator(
@@ -1906,26 +1846,20 @@ def make_accelerator(args):
     return accelerator
 
 
-def repeated_blocks(transformer):
-    """The blocks that most of `transformer` consists of, in the order of the model."""
-    return [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+def quantization_config(component, kind, library):
+    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
+    if not kind:
+        return None
+    whole = ["visual", "lm_head"]  # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
+    if kind == "nf4":
+        config = library.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=whole
+        )
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-
-def save_memory_and_time(transformer, args):
-    """What the flags of gradient checkpointing, attention and compilation ask for."""
-    blocks = repeated_blocks(transformer)
-    recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
-
-    def run(block, *inputs):
-        return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
-
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing(run)
-    if args.attention_backend:
-        transformer.set_attention_backend(args.attention_backend)
-    if args.compile_blocks:
-        torch._dynamo.config.recompile_limit = 64  # lengths of contexts and sizes of images, each with and without gradient
-        transformer.compile_repeated_blocks()
+        config = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind](), whole)
+    return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
 
 
 def load_for_training(family, args, quantization_config=None):
@@ -1964,6 +1898,28 @@ def keep_dtype_of_norms(transformer):
     for module in transformer.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+
+
+def repeated_blocks(transformer):
+    """The blocks that most of `transformer` consists of, in the order of the model."""
+    return [m for m in transformer.modules() if type(m).__name__ in transformer._repeated_blocks]
+
+
+def save_memory_and_time(transformer, args):
+    """What the flags of gradient checkpointing, attention and compilation ask for."""
+    blocks = repeated_blocks(transformer)
+    recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
+
+    def run(block, *inputs):
+        return checkpoint(block, *inputs, use_reentrant=False) if block in recomputed else block(*inputs)
+
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(run)
+    if args.attention_backend:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.compile_blocks:
+        torch._dynamo.config.recompile_limit = 64  # lengths of contexts and sizes of images, each with and without gradient
+        transformer.compile_repeated_blocks()
 
 
 def build_without_weights(family, args):
@@ -2031,6 +1987,7 @@ def add_lora(pipeline, targets, args):
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
+# ---------------------------------------------------------------------------------------------------------- optimiser
 def make_optimizer(parameters, args, optimizer_class=None):
     """What --optimizer asks for, or an AdamW of `optimizer_class`."""
     options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
@@ -2060,23 +2017,7 @@ def make_lr_scheduler(optimizer, args):
     )
 
 
-def lora_savings(args):
-    """Flags that need less memory than `args`, those first that cost the least time and quality."""
-    every = {
-        "--use_8bit_adam": args.optimizer != "adamw",
-        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
-        "--gradient_checkpointing": args.gradient_checkpointing,
-        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
-        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
-        "--quantization int8": args.quantization,
-        "--quantization nf4": args.quantization == "nf4",
-        "--rank 16": args.rank <= 16,
-        "--offloaded_blocks 0.5": args.offloaded_blocks or args.quantization or args.compile_blocks,
-        "a lower --resolution": False,
-    }
-    return [flag for flag, given in every.items() if not given]
-
-
+# ------------------------------------------------------------------------------------------------------------ logging
 def peak_memory_gib(device):
     """Peak of the GPU's allocated memory; on the CPU, the process's resident memory."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -2132,6 +2073,69 @@ def warn_once(training):
             logger.warning(text)
 
 
+# ------------------------------------------------------------------------------------------------- stops and failures
+class Stop:
+    """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when a second
+    one comes a second later or more, the process ends at once. Sooner, it is the same one, which a launcher has passed on. A
+    launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
+
+    def __init__(self):
+        self.number, self.since, self.training = 0, 0.0, False
+
+    def listen(self):
+        """To be called once, by the main thread of a process."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks one
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self.note)
+        parent = psutil.Process().parent()
+        with contextlib.suppress(psutil.Error, AttributeError):
+            if any(word in " ".join(parent.cmdline()) for word in ("accelerate", "torchrun", "torch.distributed")):
+                threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
+
+    def watch(self, parent):
+        while parent.is_running() and os.getppid() == parent.pid:
+            time.sleep(1)
+        if not self.number:  # Ctrl-C ends launcher and script alike
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, number, frame):
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.number and now - self.since < 1:
+            return
+        if self.number or not self.training:
+            os.write(2, f"\nStopped by {name}. What was written is kept; the same command goes on from it.\n".encode())
+            os._exit(128 + number)
+        os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
+        self.number, self.since = number, now
+
+    def asked(self, accelerator):
+        """Number of a signal that any of the processes has had, or 0: the same in all of them."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+STOP = Stop()
+
+
+def lora_savings(args):
+    """Flags that need less memory than `args`, those first that cost the least time and quality."""
+    every = {
+        "--use_8bit_adam": args.optimizer != "adamw",
+        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
+        "--quantization int8": args.quantization,
+        "--quantization nf4": args.quantization == "nf4",
+        "--rank 16": args.rank <= 16,
+        "--offloaded_blocks 0.5": args.offloaded_blocks or args.quantization or args.compile_blocks,
+        "a lower --resolution": False,
+    }
+    return [flag for flag, given in every.items() if not given]
+
+
 def encoding_savings(args):
     """Flags that need less memory than `args` while contexts are encoded."""
     every = {
@@ -2157,6 +2161,7 @@ def explain_failures(savings, folder):
         raise InputError(f"{where}{error}. What was written before is kept; --resume_from_checkpoint latest goes on from it.") from error
 
 
+# ----------------------------------------------------------------------------------------------------------- training
 def train(pipeline, training, dataset, cache, first_step, publish, args):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     accelerator, transformer, teacher, optimizer = training.accelerator, training.transformer, training.teacher, training.optimizer
@@ -2222,6 +2227,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     STOP.training = False
 
 
+# --------------------------------------------------------------------------------------------------------------- main
 def main(args):
     accelerator = make_accelerator(args)
     try:
