@@ -64,14 +64,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+# what libraries say that means nothing to a user: logger -> beginning of the message
+for name, beginning in {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "diffusers.models.modeling_utils": "There are modules in",
+}.items():
+    logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
+
 import diffusers
 import numpy as np
 import psutil
 import torch
 import transformers
 import xxhash
+import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     AutocastKwargs,
@@ -82,7 +93,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -94,7 +105,7 @@ from diffusers.training_utils import (
     free_memory,
     generate_aspect_ratio_buckets,
 )
-from diffusers.utils import check_min_version, is_torchao_available, make_image_grid
+from diffusers.utils import check_min_version, is_torchao_available
 from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
@@ -113,7 +124,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
@@ -130,7 +141,7 @@ from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of
 # Raises if the minimal version of diffusers is not installed.
 check_min_version("0.42.0")
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -178,6 +189,7 @@ ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_f
                       "xformers"]  # fmt: skip
 UMASK = os.umask(0)  # it is only read by setting it
 os.umask(UMASK)
+HEADINGS = ["student", "teacher", "training image"]  # of validation pictures
 LOGGING_SECONDS = 5  # steps are logged together, at least so often
 ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
@@ -279,6 +291,7 @@ def add_shared_arguments(parser):
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
     add = parser.add_argument_group("output").add_argument
+    add("--config", help="YAML file with flags as keys, like a run's dopsd_settings.json. Flags on the command line win.")
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
@@ -324,7 +337,7 @@ def check_arguments(parser, args):
         if wrong:
             parser.error(message)
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
-    del args.use_8bit_adam
+    del args.use_8bit_adam, args.config
     for when, idle, names in IDLE_FLAGS:
         for name in names:
             if getattr(args, name, None) != parser.get_default(name) and idle(args):
@@ -350,12 +363,31 @@ def check_full_arguments(parser, args):
             parser.error(message)
 
 
+def with_config(parser, words):
+    """The words of a command line, behind those that its --config file stands for."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config, given = first.parse_known_args(words)[0].config, []
+    if not config:
+        return words
+    try:
+        settings = {**yaml.safe_load(Path(config).read_text("utf-8"))}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        parser.error(f"--config {config} cannot be read as YAML with flags as keys ({error})")
+    for name, value in settings.items():
+        if f"--{name}" not in parser._option_string_actions:
+            parser.error(f"--config {config}: there is no flag --{name}")
+        if value is not None and value is not False:
+            given += [f"--{name}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+    return [*given, *words]
+
+
 def parse_args(input_args=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_shared_arguments(parser)
     add_full_arguments(parser)
     parser.set_defaults(checkpoints_total_limit=2)  # each is several times the model
-    args = parser.parse_args(input_args)
+    args = parser.parse_args(with_config(parser, sys.argv[1:] if input_args is None else input_args))
     check_arguments(parser, args)
     check_full_arguments(parser, args)
     return args
@@ -403,6 +435,8 @@ def read_folder(folder, args):
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
         logger.warning(f"Not used of {folder}: {len(left)} files ({', '.join(left[:5])}{', ..' * (len(left) > 5)}).")
+    if len(rows) < 100:
+        disable_progress_bars()  # they would only flash by
     image = ImageFeature(decode=False)
     features = {"image": image, "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
     # of a generator, because datasets caches on disk what it gave
@@ -760,7 +794,7 @@ class ContextCache:
         with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # which compares its header with its size
             if "xxh3_128" in file.metadata():
                 return True
-        logger.warning(f"The context {path} is damaged or cannot be read; it is encoded anew.", main_process_only=False)
+        logger.error(f"The context {path} is damaged or cannot be read; it is encoded anew.")  # of whichever process
         return False
 
 
@@ -795,7 +829,7 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     bar = tqdm(list(files)[mine], "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
     missing = gather_object([(path, *files[path]) for path in bar if not cache.holds(path)])
-    logger.info(f"Contexts: {len(missing)} of {len(files)} to encode.")
+    logger.info(f"Contexts: {len(missing)} of {len(files)} to encode.{' Loading the encoders.' if missing else ''}")
     if missing[mine]:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
             cache.folder.mkdir(parents=True, exist_ok=True)
@@ -1053,31 +1087,45 @@ def validation_pairs(dataset, args):
     return pairs
 
 
+def validation_sheet(rows, texts):
+    """One picture of `rows` of three pictures, under headings, and above the text of each row."""
+    (width, height), size = rows[0][0].size, max(10, rows[0][0].width // 32)
+    sheet = Image.new("RGB", (3 * width, 2 * size + len(rows) * (height + 2 * size)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    for column, heading in enumerate(HEADINGS):
+        draw.text((column * width, size // 3), heading, "black", font)
+    for number, (pictures, text) in enumerate(zip(rows, texts, strict=True)):
+        top = 2 * size + number * (height + 2 * size)
+        draw.text((0, top + height + size // 3), text, "black", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(ImageOps.pad(picture, (width, height), color="white"), (column * width, top))
+    return sheet
+
+
 @torch.no_grad()
 def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
     """Writes a picture with a row per pair: student | teacher | the image that the teacher sees, in as many steps as users will
     run."""
-    student, pictures = pipeline.transformer, []
-    for number, (index, prompt) in enumerate(validation_pairs(dataset, args)):
+    student, pairs, rows = pipeline.transformer, validation_pairs(dataset, args), []
+    for number, (index, prompt) in enumerate(pairs):
         row, shown = dataset[index], shown_row(dataset, index, args)
-        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number))
+        noise, rows = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number)), [*rows, []]
         for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, shown, prompt)):
             with network as transformer, accelerator.autocast():
                 latents = noise.to(accelerator.device)
-                pictures += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
-        pictures.append(training_image(shown))
+                rows[-1] += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
+        rows[-1].append(training_image(shown))
     if not accelerator.is_main_process:
         return
-    save_samples(pictures[::3] if step else [], args)
-    pictures = [ImageOps.pad(picture, pictures[0].size, color="white") for picture in pictures]
-    grid = make_image_grid(pictures, rows=len(pictures) // 3, cols=3)
+    save_samples([pictures[0] for pictures in rows] if step else [], args)
+    sheet = validation_sheet(rows, [f"step {step}: {prompt}" for _, prompt in pairs])
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    grid.save(folder / f"step-{step:06d}.png")
-    logger.info(f"Validation (student | teacher | training image): {folder}/step-{step:06d}.png")
+    sheet.save(folder / f"step-{step:06d}.png")
+    logger.info(f"Validation picture: {folder}/step-{step:06d}.png")
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"student | teacher | training image": np.asarray(grid)[None]}, step=step, **layout)
+        tracker.log_images({" | ".join(HEADINGS): np.asarray(sheet)[None]}, step=step, **layout)
 
 
 # ------------------------------------------------------------------------------------------------------ output folder
@@ -1283,15 +1331,16 @@ def sample_weights(args):
 
 
 def sample_files(paths):
-    """Checksum over samples of safetensors files, whose headers are left out: their order changes from one writing to the next."""
+    """Checksum over the beginnings of all tensors in safetensors files."""
     samples = []
     for path in paths:
         with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size - start
-            for k in range(64):
-                file.seek(start + size * k // 64)
-                samples.append(file.read(4096).hex())
+            length = int.from_bytes(file.read(8), "little")
+            for name, tensor in sorted(json.loads(file.read(length)).items()):
+                if name != "__metadata__":
+                    first, last = tensor["data_offsets"]
+                    file.seek(8 + length + first)
+                    samples.append([name, tensor["dtype"], tensor["shape"], file.read(min(last - first, 4096)).hex()])
     return digest_of(samples)
 
 
@@ -1627,6 +1676,19 @@ It draws what its teacher could draw when it saw the training images, at the ste
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
+def push_command(args, files):
+    """The command that pushes the `files` (patterns) of OUTPUT_DIR later."""
+    private = ["--private"] if args.hub_private_repo else []
+    return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
+
+
+def conclude(args, loading, files):
+    """The last lines of a run: where the result is, the code that loads it, and the command that pushes its `files`."""
+    logger.info(f"The result is in {args.output_dir}, pictures in {args.output_dir}/validation. To load it:\n\n{loading}\n")
+    if files and not args.push_to_hub:
+        logger.info(f"To publish it: {push_command(args, files)}")
+
+
 def push(args, step, save_card, files, message):
     """Pushes the `files` (patterns) of OUTPUT_DIR in one commit. During training, a failure is a warning.
 
@@ -1657,10 +1719,8 @@ def push(args, step, save_card, files, message):
         create_commit(repo, additions, commit_message=message)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
-        private = ["--private"] if args.hub_private_repo else []
-        later = shlex.join(["hf", "upload", name, args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {later}"
+        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {push_command(args, files)}"
         if step == args.max_train_steps:
             raise InputError(failure) from error
         logger.warning(failure)
@@ -1673,17 +1733,23 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
         return
     card = functools.partial(save_full_card, args, samples, step)
     card(repository_name(args))
+    folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
+    files = [*REPOSITORY_FILES, *samples, *(f"{name}/*" for name in folders)]
     if args.push_to_hub:
-        folders = component_folders(json.loads((Path(args.output_dir) / "model_index.json").read_text()))
-        files = [*REPOSITORY_FILES, *samples, *(f"{name}/*" for name in folders)]
         push(args, step, card, files, f"Model fine-tuned with D-OPSD, step {step}")
+    if step == args.max_train_steps:
+        conclude(args, full_loading_code(args.output_dir), files)
+
+
+def full_loading_code(name):
+    """The line of code that loads the pipeline in the folder or repository `name`."""
+    return f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
 
 
 def save_full_card(args, samples, step, name):
     """README.md of the pipeline that users load as `name`."""
     about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
-    loading = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
-    save_card(args, samples, step, name, about, loading, [])
+    save_card(args, samples, step, name, about, full_loading_code(name), [])
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -1903,9 +1969,12 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
     args.mixed_precision = accelerator.mixed_precision
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    if not accelerator.is_main_process:
-        transformers.utils.logging.set_verbosity_error()
+    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        if not accelerator.is_main_process:
+            library.utils.logging.set_verbosity_error()
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
@@ -1929,6 +1998,7 @@ def quantization_config(component, kind, library):
 
 def load_for_training(family, args, quantization_config=None):
     """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
+    logger.info("Loading the transformer.")
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         pipeline = family.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -2096,7 +2166,7 @@ def log_steps(pending, started, bar, args, training):
         if not (args.prior_prompts != "none" and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
             training.history.append((loss, grad_norm))
     warn_once(training)
-    bar.set_postfix(loss=loss, lr=lr)
+    bar.set_postfix(loss=np.mean([loss for loss, _ in training.history[-20:]] or [loss]), lr=lr)
 
 
 def warn_once(training):

@@ -19,6 +19,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
@@ -98,6 +99,12 @@ def save_images(folder):
         draw(shape, fill).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
     return folder
+
+
+def student_picture(file, row=0):
+    """The student's picture of 32 x 32 pixels in a row of a validation picture, which has headings and texts of 20 pixels."""
+    top = 20 + row * (32 + 20)
+    return np.asarray(Image.open(file)).astype(int)[top : top + 32, :32]
 
 
 @pytest.fixture(scope="session")

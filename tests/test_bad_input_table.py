@@ -412,6 +412,24 @@ def test_flags_without_effect(train, train_full, error_of, changes):
         error_of(trainer, [f"--{next(iter(changes))} has no effect"], code=2, **changes)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rnak: 4", ["run.yaml: there is no flag --rnak"]),
+        ("rank: [", ["run.yaml cannot be read as YAML"]),
+        ("rank", ["run.yaml cannot be read as YAML"]),
+        ("rank: much", ["--rank: must be a whole number", "not much"]),
+        ("!!python/object/apply:os.system [exit]", ["run.yaml cannot be read as YAML"]),
+        (None, ["run.yaml cannot be read as YAML"]),
+    ],
+)
+def test_config_files(train, error_of, tmp_path, text, words):
+    """A flag that is misspelt in a file would be left out in silence; a file of somebody else could run code."""
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    error_of(train, words, code=2, config=tmp_path / "run.yaml", rank=None)
+
+
 @pytest.mark.parametrize("flag", EMPTY)
 def test_empty_flags(train, error_of, flag):
     """A shell variable that is not set: the folder at hand would be taken for the images."""

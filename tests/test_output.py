@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_dopsd_full
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, SECRET, WEIGHTS, guarded_environment
+from conftest import LORA, ROOT, SECRET, WEIGHTS, guarded_environment, student_picture
 from families import HIDDEN
 from pipeline_dopsd import DOPSDZImagePipeline, family_of
 
@@ -42,7 +42,7 @@ def trained(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(trained):
     """The student's picture at the end of training."""
-    return np.asarray(Image.open(trained / "validation" / "step-000012.png")).astype(int)[:32, :32]
+    return student_picture(trained / "validation" / "step-000012.png")
 
 
 def sample(pipe, **kwargs):
@@ -65,7 +65,7 @@ def test_lora_has_an_effect(trained, expected, base):
     stock = ZImagePipeline.from_pretrained(base)
     plain = sample(stock, num_inference_steps=STEPS, guidance_scale=0.0)
     assert np.abs(plain - expected).max() > 20
-    before = np.asarray(Image.open(trained / "validation" / "step-000000.png")).astype(int)[:32, :32]
+    before = student_picture(trained / "validation" / "step-000000.png")
     assert np.abs(plain - before).max() <= 1
 
 
@@ -204,6 +204,31 @@ def test_settings_of_the_run_are_kept(trained, base):
     settings = json.loads((trained / "dopsd_settings.json").read_text())
     assert settings["learning_rate"] == 0.05 and settings["rank"] == 4 and settings["lora_alpha"] == 16
     assert settings["pretrained_model_name_or_path"] == base.name  # the path would name the user
+
+
+def test_settings_of_a_run_make_the_same_run(trained):
+    """Who shares a run by its settings gets another run."""
+    settings = json.loads((trained / "dopsd_settings.json").read_text())
+    again = script.parse_args(["--config", str(trained / "dopsd_settings.json"), "--rank", "7"])
+    assert vars(again) == settings | {"rank": 7}
+
+
+def test_validation_picture_says_what_it_shows(trained):
+    """Which of three columns is the student?"""
+    whole = np.asarray(Image.open(trained / "validation" / "step-000012.png").convert("L"))
+    rows = (len(whole) - 20) // 52
+    assert len(whole) == 20 + 52 * rows and whole.shape[1] == 3 * 32
+    for top in (0, *(20 + 52 * row + 32 for row in range(rows))):
+        assert (whole[top : top + 20] < 128).any(), "no heading or no text"
+
+
+def test_last_lines_say_where_the_result_is_and_how_it_is_loaded(train, tmp_path, caplog, base):
+    """After an evening of training the user has a folder, and no idea what to type."""
+    caplog.set_level("INFO", script.__name__)
+    train(tmp_path, max_train_steps=1)
+    assert f"The result is in {tmp_path}" in caplog.text and f'pipe.load_lora_weights("{tmp_path}")' in caplog.text
+    assert f'DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)' in caplog.text
+    assert "hf upload" not in caplog.text  # the base is a folder, which others do not have
 
 
 def test_model_card_of_a_run_without_network(trained, base):

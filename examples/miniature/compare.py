@@ -29,7 +29,7 @@ from evaluate import HERE
 from trials import K, Variant, script, shown, worth
 
 
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parent))  # behind: it has an evaluate.py of its own
 
 import train_sft  # noqa: E402
 
