@@ -25,14 +25,17 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff
 	touch $@
 
+# both trainings at once, each on one core
+demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/python examples/train_sft.py $(COMMON) --learning_rate $(SFT_RATE) --max_train_steps $(SFT_STEPS) \
+		--output_dir $(DEMO)/sft > $(DEMO)/sft.log 2>&1 & sft=$$!; \
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_dopsd_lora.py $(COMMON) --vlm_model_name_or_path $(MINIATURE)/vlm --learning_rate $(RATE) \
 		--prior_prompts $(MINIATURE)/prior_prompts.txt --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) \
-		--validation_steps $(STEPS) --output_dir $(DEMO)/dopsd
-	$(BIN)/python examples/train_sft.py $(COMMON) --learning_rate $(SFT_RATE) --max_train_steps $(SFT_STEPS) \
-		--output_dir $(DEMO)/sft
+		--validation_steps $(STEPS) --output_dir $(DEMO)/dopsd || { kill $$sft; exit 1; }; \
+	echo "Training SFT, for comparison; its log is $(DEMO)/sft.log"; wait $$sft
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png
 

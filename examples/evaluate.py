@@ -27,6 +27,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_dopsd_lora as dopsd  # first: it silences what libraries say while they are imported
+
+
+# isort: split
 import diffusers
 import numpy as np
 import torch
@@ -37,11 +44,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_dopsd_lora as dopsd  # noqa: E402
-from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of  # noqa: E402
+from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of
 
 
 # flags of the training scripts that are honoured here

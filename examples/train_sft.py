@@ -11,18 +11,21 @@ that do here what they do there are taken. It runs in one process.
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_dopsd_lora as dopsd  # first: it silences what libraries say while they are imported
+
+
+# isort: split
 import diffusers
 import torch
 import transformers
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_dopsd_full as full  # noqa: E402
-import train_dopsd_lora as dopsd  # noqa: E402
-from pipeline_dopsd import family_of  # noqa: E402
+import train_dopsd_full as full
+from pipeline_dopsd import family_of
 
 
 # flags of both training scripts, of a LoRA and of all weights that are honoured here

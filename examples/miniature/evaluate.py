@@ -9,23 +9,29 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.evaluate import detail  # first: it silences what libraries say while they are imported
+
+
+# isort: split
+import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 import world
 from concepts import CONCEPTS, held_out_scenes, training_pictures, unrelated_scenes
 from judge import Judge, accuracy, frechet
+from pipeline_dopsd import family_of
 
+
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-
-from examples.evaluate import detail  # noqa: E402
-
-from pipeline_dopsd import family_of  # noqa: E402
-
-
 STEPS = 4
 UNRELATED = ["shape", "colour", "pattern", "background", "position"]
 
