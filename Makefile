@@ -1,4 +1,5 @@
 # make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
+# make report: after it, look at teacher and result with examples/evaluate.py.
 # make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own.
 # make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py. make flags: write docs/flags.md.
 PYTHON ?= python3
@@ -17,7 +18,7 @@ MINIATURE := examples/miniature
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 2 --rank 16 --lr_scheduler cosine --seed 0
 
-.PHONY: demo test test-slow test-lowest lint fix-copies flags
+.PHONY: demo report test test-slow test-lowest lint fix-copies flags
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +39,16 @@ demo: $(VENV)/.installed
 	echo "Training SFT, for comparison; its log is $(DEMO)/sft.log"; wait $$sft
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png
+
+EVALUATE := $(BIN)/python examples/evaluate.py
+EVALUATED := --image_encoder $(MINIATURE)/encoders/image --image_text_encoder $(MINIATURE)/encoders/text \
+	--concept_prompts $(DEMO)/concept_prompts.txt --drawing_batch_size 32 --encoding_batch_size 64 --mixed_precision no
+
+report: $(VENV)/.installed
+	$(EVALUATE) teacher $(EVALUATED) --pretrained_model_name_or_path $(MINIATURE)/model --vlm_model_name_or_path $(MINIATURE)/vlm \
+		--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --num_inference_steps 4 --teacher_image target other \
+		--output_dir $(DEMO)/teacher
+	$(EVALUATE) report $(EVALUATED) --ordinary_prompts $(DEMO)/ordinary_prompts.txt --output_dir $(DEMO)/dopsd
 
 # two tests at a time, each on one core. What takes minutes is left out: make test-slow runs it
 test: $(VENV)/.installed

@@ -5,6 +5,7 @@
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,6 +76,10 @@ def main():
         for column, image in enumerate(images):
             paste(row, column, image)
     sheet.save(args.picture)
+    # for make report
+    prompts = {"concept": held_out_scenes(concept)[: 2 * ROWS], "ordinary": unrelated_scenes()}
+    for name, scenes in prompts.items():
+        Path(args.picture).with_name(f"{name}_prompts.txt").write_text("\n".join(captions(scenes, concept if name == "concept" else None)) + "\n")
 
     print(f"\nConcept {args.concept!r}, 4 steps, {args.seeds} seeds; per cent right, mean ± standard deviation over seeds")
     print("| | concept, held-out scenes | unrelated prompts | fine detail, unrelated | Frechet distance, unrelated |")
