@@ -1,7 +1,12 @@
-# make demo: train on the miniature and look at the result. make test: the test suite. Both need python3 and make alone.
-# make report: after it, look at teacher and result with examples/evaluate.py.
-# make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own.
-# make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py. make flags: write docs/flags.md.
+# make demo: train on the miniature and look at the result. CONCEPT=arrow: an object in place of a style
+# make report: after make demo, look at its teacher and its result with examples/evaluate.py
+# make test: lint, and the test suite
+# make test-slow: the tests that take minutes
+# make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own
+# make lint: ruff alone
+# make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py
+# make flags: write docs/flags.md
+# make help: this list. All need python3 and make alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +23,10 @@ MINIATURE := examples/miniature
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 2 --rank 16 --lr_scheduler cosine --seed 0
 
-.PHONY: demo report test test-slow test-lowest lint fix-copies flags
+.PHONY: help demo report test test-slow test-lowest lint fix-copies flags
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,6 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import pipeline_dopsd
+import train_dopsd_full
+import train_dopsd_lora
 from conftest import ROOT
 
 
@@ -123,3 +126,26 @@ def test_pages_name_what_is_there(page):
     assert set(re.findall(r"`[^`\n]*?(--\w+)", text)) - known - outside == set()
     if page.name == "README.md":
         assert len(text.splitlines()) <= 180
+
+
+# where the prose names a default: file, text, flag and what the text says of it
+DEFAULTS = [
+    ("README.md", "1000 steps are the", "max_train_steps", 1000),
+    ("README.md", "every third batch is a rollout on one of 48 built-in prompts", "prior_every", 3),
+    ("docs/training.md", "M (1), the states", "states_per_rollout", 1),
+    ("docs/training.md", "every `--prior_every`th (3rd) batch", "prior_every", 3),
+    ("docs/training.md", "0.9999 keeps the teacher near the base", "ema_decay", 0.9999),
+    ("docs/memory.md", "default M = 1 at K = 4", "rollout_steps", 4),
+    ("docs/full_fine_tuning.md", "every n = `--ema_refresh_steps` (10) steps", "ema_refresh_steps", 10),
+    ("docs/full_fine_tuning.md", "`--states_per_rollout 1` (the default)", "states_per_rollout", 1),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "flag", "value"), DEFAULTS, ids=lambda v: str(v)[:20])
+def test_prose_names_the_defaults_of_the_scripts(file, text, flag, value):
+    """A user reads one number and trains with another."""
+    assert text in " ".join((ROOT / file).read_text("utf-8").split())
+    words = ["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]
+    for script in (train_dopsd_lora, train_dopsd_full):
+        assert getattr(script.parse_args(words), flag, value) == value
+    assert len(pipeline_dopsd.PRIOR_PROMPTS) == 48
