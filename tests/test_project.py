@@ -122,7 +122,7 @@ def test_pages_name_what_is_there(page):
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor in slugs, target
     known = set(re.findall(r"--\w+", "".join(file.read_text("utf-8") for file in [*SCRIPTS, *(ROOT / "examples").rglob("*.py")])))
-    outside = {"--config_file", "--help", "--include", "--recipe", "--gpu_gib"}
+    outside = {"--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port", "--config_file", "--help", "--include", "--recipe", "--gpu_gib"}
     assert set(re.findall(r"`[^`\n]*?(--\w+)", text)) - known - outside == set()
     if page.name == "README.md":
         assert len(text.splitlines()) <= 180
