@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import world
-from concepts import CONCEPTS, training_pictures
+from concepts import CONCEPTS, MAIN, training_pictures
 from evaluate import HERE, STEPS, concept_accuracy, load_pipeline, unrelated_accuracy
 from judge import Judge
 
@@ -137,7 +137,7 @@ def run(variants, job):
                     pipeline.transformer.fuse_lora()  # draws the same, faster
                 judge, lent = measuring(model)
                 lent.transformer = pipeline.transformer
-                figures = figures_of(lent, judge, concept, range(seeds[step]), 30 if measured == "-whole" and seed == 0 else 0)
+                figures = figures_of(lent, judge, concept, range(seeds[step]), 30 if measured == "-whole" and seed == 0 and concept in MAIN else 0)
                 points.append({"step": step, "passes": each * step, **figures})
 
         train(model, variant, concept, setting, steps, seed, measure, args.work_dir)
