@@ -11,12 +11,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from PIL import Image
 from safetensors.torch import load_file
 
 import train_dopsd_full as full_script
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, draw
+from conftest import LORA, ROOT, draw, student_picture
 from families import CAPTIONS, FAMILIES
 from pipeline_dopsd import family_of, input_dtype
 
@@ -182,8 +181,7 @@ def trained(train, tmp_path_factory):
 @pytest.fixture
 def drawn(trained):
     """The student's picture before and at the end of training."""
-    pictures = [np.asarray(Image.open(trained / "validation" / f"step-{step:06d}.png")) for step in (0, 6)]
-    return [picture.astype(int)[:32, :32] for picture in pictures]
+    return [student_picture(trained / "validation" / f"step-{step:06d}.png") for step in (0, 6)]
 
 
 def picture(pipe, noise, **kwargs):
