@@ -230,6 +230,7 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     return parse
 
 
+USAGE = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --output_dir FOLDER [flags]"
 COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(float, low=0, below=1)
 
 
@@ -261,9 +262,9 @@ def add_shared_arguments(parser):
     add("--num_inference_steps", type=COUNT, help="Steps that users will run, and of validation. Default: the family's.")
     add("--teacher_context", choices=["vlm", "edit"], help="vlm: the image is in its prompt. edit: it is a reference (FLUX.2).")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
-    add("--teacher_image", choices=["target", "other"], default="target", help="It sees the image itself, or the next one.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="The teacher sees the image itself, or the next one.")
     add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
-    add("--prior_prompts", help="File of prompts, one a line, that it is to go on drawing as it does; or none. Default: a list of its own.")
+    add("--prior_prompts", help="File of ordinary prompts, one a line, whose pictures must not change; or none. Default: a built-in list.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
     add = parser.add_argument_group("training").add_argument
@@ -296,7 +297,7 @@ def add_shared_arguments(parser):
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=COUNT, help="Keep only so many of the newest checkpoints.")
-    add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' of OUTPUT_DIR if there is one.")
+    add("--resume_from_checkpoint", help="A checkpoint folder, or latest: the newest of OUTPUT_DIR. Without one the run starts anew.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
     add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=COUNT, default=4, help="Rows of the validation picture without --validation_prompt.")
@@ -383,7 +384,7 @@ def with_config(parser, words):
 
 
 def parse_args(input_args=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter, usage=USAGE, allow_abbrev=False)
     add_shared_arguments(parser)
     add_full_arguments(parser)
     parser.set_defaults(checkpoints_total_limit=2)  # each is several times the model
@@ -904,7 +905,7 @@ def check_space(cache, groups, accelerator):
     left = sum(size * max(len(group) - ENCODING_BATCH, 0) for size, group in zip(sizes, groups)) * accelerator.num_processes / 2**30
     told = ", ".join(f"{len(group) * accelerator.num_processes:,} of {size / 2**20:.2f} MiB" for size, group in zip(sizes, groups))
     free = shutil.disk_usage(cache.folder).free / 2**30
-    logger.info(f"Contexts to encode: about {told}; {left:.1f} GiB are still needed, {free:.1f} GiB are free.")
+    logger.info(f"Disk space for contexts: {left:.1f} GiB are still needed, {free:.1f} GiB are free ({told}).")
     if left > free:
         raise InputError(f"--context_cache_dir {cache.folder}: contexts need {left:.1f} GiB more, and {free:.1f} GiB are free. Free some, or "
                          "choose a folder on another disk; what is encoded is kept.")  # fmt: skip
@@ -1090,15 +1091,16 @@ def validation_pairs(dataset, args):
 def validation_sheet(rows, texts):
     """One picture of `rows` of three pictures, under headings, and above the text of each row."""
     (width, height), size = rows[0][0].size, max(10, rows[0][0].width // 32)
-    sheet = Image.new("RGB", (3 * width, 2 * size + len(rows) * (height + 2 * size)), "white")
+    left = max(width, 8 * size)  # of a column to the next, so that headings have room
+    sheet = Image.new("RGB", (3 * left, 2 * size + len(rows) * (height + 2 * size)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
     for column, heading in enumerate(HEADINGS):
-        draw.text((column * width, size // 3), heading, "black", font)
+        draw.text((column * left, size // 3), heading, "black", font)
     for number, (pictures, text) in enumerate(zip(rows, texts, strict=True)):
         top = 2 * size + number * (height + 2 * size)
         draw.text((0, top + height + size // 3), text, "black", font)
         for column, picture in enumerate(pictures):
-            sheet.paste(ImageOps.pad(picture, (width, height), color="white"), (column * width, top))
+            sheet.paste(ImageOps.pad(picture, (width, height), color="white"), (column * left, top))
     return sheet
 
 
@@ -1292,6 +1294,8 @@ def find_checkpoint(args):
     """
     latest = args.resume_from_checkpoint == "latest"
     paths = list_checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint or "")]
+    if not paths and latest:
+        logger.info(f"{args.output_dir} holds no checkpoint: the run starts at step 0.")
     if not paths or not args.resume_from_checkpoint:
         return None
     for path in paths:
@@ -1498,7 +1502,7 @@ def report_disk(training, args, first_step):
     count = math.ceil((args.max_train_steps - first_step) / args.checkpointing_steps)
     kept = min(count, args.checkpoints_total_limit or count)
     needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
-    logger.info(f"Checkpoints: {kept} of at most {size / 2**30:.2f} GiB each (see --checkpointing_steps and --checkpoints_total_limit).")
+    logger.info(f"Checkpoints: {kept} of at most {size / 2**20:,.0f} MiB each (see --checkpointing_steps and --checkpoints_total_limit).")
     with contextlib.suppress(OSError):  # advice ends no run
         if needed > (free := shutil.disk_usage(args.output_dir).free):
             logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
@@ -1511,7 +1515,8 @@ def public_settings(args):
     def shown(value):
         return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
-    return {name: shown(value) for name, value in vars(args).items()}
+    own = args.context_cache_dir == os.path.join(args.output_dir, "contexts")  # another run has another folder
+    return {name: shown(value) for name, value in vars(args).items()} | ({"context_cache_dir": None} if own else {})
 
 
 def save_pipeline(transformer, family, args):
@@ -1619,6 +1624,22 @@ def measured(args):
     return "How well it still draws what the base can draw was not measured by the training script."
 
 
+def example_code(args, samples, loading):
+    """Code that draws one picture. `loading`: lines that make `pipe`."""
+    prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
+    load, image = "", ""
+    if args.reference_column:  # references are training images, which are not published
+        load, image = "\nfrom diffusers.utils import load_image", 'image=load_image("reference.png"), '  # of the user
+    return f"""import torch
+from diffusers import DiffusionPipeline{load}
+
+{loading}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
+             guidance_scale=0.0).images[0]
+image.save("image.png")"""
+
+
 def save_card(args, samples, step, name, about, loading, tags):
     """Writes README.md.
 
@@ -1628,13 +1649,9 @@ def save_card(args, samples, step, name, about, loading, tags):
         loading: lines of code that make `pipe`.
     """
     data = card_data(args, samples, tags)
-    prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
-    given, load, image = "text alone", "", ""
-    if args.reference_column:  # references are training images, which are not published
-        given, load = "text and reference images", "\nfrom diffusers.utils import load_image"
-        image = 'image=load_image("reference.png"), '  # of the user
+    given = "text and reference images" if args.reference_column else "text alone"
     way = "as a reference image"
     if args.teacher_context == "vlm":
         way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
@@ -1650,13 +1667,7 @@ def save_card(args, samples, step, name, about, loading, tags):
 {"<Gallery />" if data.widget else ""}
 
 ```py
-import torch
-from diffusers import DiffusionPipeline{load}
-
-{loading}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
-             guidance_scale=0.0).images[0]
+{example_code(args, samples, loading)}
 ```
 
 ## Training
@@ -1682,9 +1693,9 @@ def push_command(args, files):
     return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
 
 
-def conclude(args, loading, files):
-    """The last lines of a run: where the result is, the code that loads it, and the command that pushes its `files`."""
-    logger.info(f"The result is in {args.output_dir}, pictures in {args.output_dir}/validation. To load it:\n\n{loading}\n")
+def conclude(args, code, files):
+    """The last lines of a run: where the result is, code that draws with it, and the command that pushes its `files`."""
+    logger.info(f"The result is in {args.output_dir}, pictures in {args.output_dir}/validation. To draw with it:\n\n{code}\n")
     if files and not args.push_to_hub:
         logger.info(f"To publish it: {push_command(args, files)}")
 
@@ -1738,7 +1749,7 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
     if args.push_to_hub:
         push(args, step, card, files, f"Model fine-tuned with D-OPSD, step {step}")
     if step == args.max_train_steps:
-        conclude(args, full_loading_code(args.output_dir), files)
+        conclude(args, example_code(args, samples, full_loading_code(args.output_dir)), files)
 
 
 def full_loading_code(name):
@@ -1920,7 +1931,7 @@ def check_inputs(args):
     prior_prompts = read_prior_prompts(args)
     pairs += [(None, prompt) for prompt in prior_prompts]
     counts = {
-        "images": len(dataset), "buckets": len(set(map(tuple, dataset["bucket"][:]))), "captions": sum(map(len, captions)),
+        "images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:]))), "captions": sum(map(len, captions)),
         "references": sum(map(len, dataset["reference_hashes"][:])), "prior prompts": len(prior_prompts),
     }  # fmt: skip
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")

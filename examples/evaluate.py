@@ -187,6 +187,8 @@ def use_settings(parser, words):
     finder.add_argument("--dataset_name")
     found = finder.parse_known_args(words)[0]
     file = Path(found.output_dir or "") / dopsd.SETTINGS_NAME
+    if found.output_dir and not file.exists() and not any(word.startswith("--pretrained_model_name_or_path") for word in words):
+        parser.error(f"--output_dir {found.output_dir} holds no {file.name}: name the output folder of a training, or give --pretrained_model_name_or_path")
     if not found.output_dir or not file.exists():
         return
     try:
@@ -247,6 +249,8 @@ def concept_pairs(dataset, args):
     """(row index, prompt) of the training captions and of new prompts with the concept."""
     rows = np.linspace(0, len(dataset) - 1, min(args.num_captions, len(dataset))).round().astype(int).tolist()
     captions = [(index, dataset[index]["captions"][0]) for index in rows]
+    if not (args.concept_prompts or args.instance_prompt):
+        dopsd.logger.info("Only training captions are drawn: --concept_prompts FILE or --instance_prompt gives new prompts of the concept.")
     if args.concept_prompts:
         new = read_prompts("concept_prompts", args.concept_prompts)
     else:
@@ -570,6 +574,9 @@ def teacher_verdict(ways, student):
         text = f"No teacher can draw this: of the best ({best}), {drawn}. Training will hardly teach it."
     if student["near"] >= WORTH and student["lacks"] < 0.25:
         text = f"The base draws this untrained: the student's pictures lack nothing that the training images have in common. {text}"
+    first = next(name for name in ways if ways[name]["trainable"])  # the default way
+    if first != best and ways[first]["near"][2] >= ways[best]["near"][1]:
+        text += f" The difference to {first} is within the noise; look at teacher.png."
     better = [name for name in ways if not ways[name]["trainable"] and ways[name]["near"][1] > share]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
@@ -629,7 +636,11 @@ def print_teacher(record):
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
         print(f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
-    print(f"The student follows its prompts by {record['student']['follows']:.3f} (similarity to its own prompt over that to the others).")
+    print(f"""
+near: share of pictures as near to the training images as three in four of these are to one another; 1 is best.
+way: 0 is the untrained student, 1 the training images.
+prompt followed: similarity to the own prompt over that to the others, less the student's, {record["student"]["follows"]:.3f}; below 0, the teacher follows it less.
+largest dimension: where the first number is far above the second, look for glitches in its pictures.""")
 
 
 def teacher_sheet(drawings, captions, new, dataset, args, rows=4):
@@ -784,7 +795,11 @@ def report(args, accelerator):
     folder = Path(args.output_dir)
     (folder / "report.html").write_text(report_page(record, files, prompts, images, args), "utf-8")
     write_json(folder / "report.json", record)
-    print(f"\n{markdown_table(record)}\n\nPictures and figures: {folder / 'report.html'}")
+    print(f"\n{markdown_table(record)}\n")
+    for row in record["table"]:
+        if row["answer"].startswith("no"):
+            print(f"{row['question']}: {row['answer']}. {ADVICE[row['question']]}")
+    print(f"Pictures and figures: {folder / 'report.html'}")
     return record
 
 
@@ -798,6 +813,11 @@ def markdown_table(record):
     return "\n".join(lines + [f"| {row['question']} | {row['answer']} | {row['figure']} | {row['limit']} |" for row in record["table"]])
 
 
+ADVICE = {
+    "Concept learned": "Was the teacher good (evaluate.py teacher)? Then train longer, or with a higher --learning_rate.",
+    "Other prompts kept": "Take an earlier checkpoint, a lower --learning_rate, or --prior_prompts FILE with prompts of that kind.",
+    "Few-step ability kept": "Take an earlier checkpoint or a lower --learning_rate.",
+}
 FIGURES = {
     "learned": "of the pictures with the concept that are as near to the training images as three in four of these are to one another",
     "way": "of the way from the base's pictures to the training images, in the image encoder's space; 0 before training",

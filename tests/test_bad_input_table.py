@@ -430,6 +430,12 @@ def test_config_files(train, error_of, tmp_path, text, words):
     error_of(train, words, code=2, config=tmp_path / "run.yaml", rank=None)
 
 
+def test_misspelt_flags(train, train_full, error_of):
+    """The beginning of a flag is no flag: a training ran for a night at another rate than its user thinks."""
+    for trainer in (train, train_full):
+        error_of(trainer, ["unrecognized arguments: --learning_rat"], code=2, learning_rat=1e-4)
+
+
 @pytest.mark.parametrize("flag", EMPTY)
 def test_empty_flags(train, error_of, flag):
     """A shell variable that is not set: the folder at hand would be taken for the images."""

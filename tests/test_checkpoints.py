@@ -304,6 +304,13 @@ def test_disk_that_is_too_small_is_said_at_the_start(trainer, tmp_path, monkeypa
     assert "Checkpoints: 2 of at most" in caplog.text and "GiB left" in caplog.text
 
 
+def test_latest_of_a_folder_without_checkpoints_starts_anew_and_says_so(trainer, tmp_path, caplog):
+    """The folder is misspelt, and the night's training begins again without a word."""
+    caplog.set_level("INFO", trainer.module.__name__)
+    trainer(tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    assert f"{tmp_path} holds no checkpoint: the run starts at step 0" in caplog.text
+
+
 def test_advice_ends_no_run(trainer, tmp_path, monkeypatch):
     """Neither the look at the disk nor that at the base's licence is worth a night's training."""
 

@@ -253,6 +253,13 @@ def test_flags_of_the_training_are_the_defaults(reported, encoders):
     assert args.context_cache_dir == str(reported.folder / "contexts")
 
 
+def test_folder_without_settings_is_named(tmp_path, capsys):
+    """A misspelt folder would be answered with the name of a flag that the README says is not needed."""
+    with pytest.raises(SystemExit):
+        instruments.parse_args(["report", "--output_dir", str(tmp_path)])
+    assert f"--output_dir {tmp_path} holds no dopsd_settings.json" in capsys.readouterr().err
+
+
 def test_full_model_is_reported(train_full, evaluate, tmp_path):
     """Who trains all weights would be told that there is no result."""
     record = evaluate("report", train_full(tmp_path, max_train_steps=1))

@@ -217,7 +217,7 @@ def test_validation_picture_says_what_it_shows(trained):
     """Which of three columns is the student?"""
     whole = np.asarray(Image.open(trained / "validation" / "step-000012.png").convert("L"))
     rows = (len(whole) - 20) // 52
-    assert len(whole) == 20 + 52 * rows and whole.shape[1] == 3 * 32
+    assert len(whole) == 20 + 52 * rows and whole.shape[1] == 3 * 80
     for top in (0, *(20 + 52 * row + 32 for row in range(rows))):
         assert (whole[top : top + 20] < 128).any(), "no heading or no text"
 

@@ -271,9 +271,9 @@ def test_validation_pictures(train_any, tmp_path):
     )
     pictures = {p.name: Image.open(p) for p in (tmp_path / "validation").iterdir()}
     assert sorted(pictures) == ["step-000000.png", "step-000002.png", "step-000003.png"]
-    assert {p.size for p in pictures.values()} == {(3 * 32, 20 + 2 * (32 + 20))}  # headings, and a text under each row
+    assert {p.size for p in pictures.values()} == {(3 * 80, 20 + 2 * (32 + 20))}  # room for headings, and a text under each row
     student, teacher, target = (
-        [p.crop((x, 20, x + 32, 52)).tobytes() for _, p in sorted(pictures.items())] for x in (0, 32, 64)
+        [p.crop((x, 20, x + 32, 52)).tobytes() for _, p in sorted(pictures.items())] for x in (0, 80, 160)
     )
     assert len(set(student)) == 3 and len(set(teacher)) == len(set(target)) == 1  # decay 1.0: the frozen base
     assert student[0] != teacher[0]
