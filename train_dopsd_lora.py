@@ -211,7 +211,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """Ends with one line for a wrong flag, without the usage."""
 
     def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split()).removeprefix('argument ')}\n")
+        words = [word.partition("hf_")[0] for word in message.split()]  # a token shows in no log
+        self.exit(2, f"error: {' '.join(words).removeprefix('argument ')}\n")
 
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
