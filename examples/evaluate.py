@@ -113,7 +113,7 @@ a giraffe wearing a striped scarf
 a dragon asleep on a pile of books""".split("\n")
 # Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried them.
 WORTH, HOPELESS = 0.5, 0.3
-LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 1.5, 0.15
+LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 2.0, 0.15
 OUTLIER = 4.0
 
 

@@ -220,7 +220,7 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train, with_r
     monkeypatch.chdir(tmp_path)
     seen.clear()
     given = []
-    monkeypatch.setattr(Flux2KleinPipeline, "__call__", lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[1]))
+    monkeypatch.setattr(Flux2KleinPipeline, "__call__", lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[WIDE]))
     exec(code, {})
     assert given[0].size == WIDE.size
 

@@ -211,11 +211,11 @@ def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch)
     monkeypatch.setattr(domain, "subprocess", types.SimpleNamespace(run=lambda *a, **k: runs.append(("full", parse(*a, **k).max_train_steps))))
     for method in domain.PASSES:
         domain.train(method, 1e-3, types.SimpleNamespace(**settings))
-    demo = re.findall(r"(train_\w+)\.py (.*)", subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "))
+    demo = re.findall(r"(train_\w+)\.py (.*?) (?:>|\|\|) ", subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "))
     for name, words in demo:
         module = train_sft if name == "train_sft" else train_dopsd_lora
         module.main(module.parse_args(shlex.split(words.replace("$(( 9 * 128 / 4 ))", "288"))))
-    assert runs == [("full", 120), ("full", 120), ("full", 720), ("train_dopsd_lora", 128), ("train_sft", 288)]
+    assert runs == [("full", 120), ("full", 120), ("full", 720), ("train_sft", 288), ("train_dopsd_lora", 128)]
 
 
 @pytest.mark.parametrize(("name", "passes"), [("m4", 12), ("m2", 7.3), ("m1", 4.5), ("first", 3), ("first_two", 6), ("early", 4), ("late", 5)])
