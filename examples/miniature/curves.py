@@ -139,7 +139,9 @@ QUESTIONS = {
     "equal": Question(
         "One, two and all of the states for a fifth of the passes", [("m1", 0.2), ("m2", 0.2), ("m4", 0.2)], (1, 2), (1e-3, 2e-3), curves=True
     ),
-    "variants": Question("Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")], seeds=1),
+    "variants": Question(
+        "Variants of one state for a fifth of the passes, a first look", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")], rates=(1e-3,), seeds=1
+    ),
 }  # fmt: skip
 
 
