@@ -146,10 +146,10 @@ def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form
     train(tmp_path / "out", instance_data_dir=folder, prior_prompts=tmp_path / "prior.txt", max_train_steps=1, context_cache_dir=tmp_path / "c")
     told = " ".join(caplog.messages)
     if form == "texts":
-        assert "Training on 4 images, 1 buckets, 5 captions, 3 prior prompts." in told
+        assert "Training on 4 images, 1 picture sizes, 5 captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 2 files (e.gif, sub/f.png)." in told
     else:
-        assert "Training on 2 images, 1 buckets, 4 captions, 3 prior prompts." in told
+        assert "Training on 2 images, 1 picture sizes, 4 captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 8 files (a.txt, b.png, b.txt, c.png, c.txt, ..)." in told
 
 
