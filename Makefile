@@ -39,7 +39,7 @@ demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/python examples/train_sft.py $(COMMON) --learning_rate $(SFT_RATE) --max_train_steps $(SFT_STEPS) \
-		--output_dir $(DEMO)/sft > $(DEMO)/sft.log 2>&1 & sft=$$!; \
+		--output_dir $(DEMO)/sft > $(DEMO)/sft.log 2>&1 & sft=$$!; trap "kill $$sft" INT TERM; \
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_dopsd_lora.py $(COMMON) --vlm_model_name_or_path $(MINIATURE)/vlm --learning_rate $(RATE) \
 		--prior_prompts $(MINIATURE)/prior_prompts.txt --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) \

@@ -210,7 +210,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Ends with one line for a wrong flag, without the usage."""
 
     def error(self, message):
-        words = [word.partition("hf_")[0] for word in message.split()]  # a token shows in no log
+        words = [word.split("=hf_")[0] for word in message.split() if not word.startswith("hf_")]  # a token shows in no log
         self.exit(2, f"error: {' '.join(words).removeprefix('argument ')}\n")
 
 
@@ -377,8 +377,11 @@ def with_config(parser, words):
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         parser.error(f"--config {config} cannot be read as YAML with flags as keys ({error})")
     for name, value in settings.items():
-        if f"--{name}" not in parser._option_string_actions:
+        flag = parser._option_string_actions.get(f"--{name}")
+        if flag is None or name in ("config", "help"):
             parser.error(f"--config {config}: there is no flag --{name}")
+        if isinstance(value, bool) and flag.nargs != 0:
+            value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:
             given += [f"--{name}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
     return [*given, *words]
@@ -1339,7 +1342,7 @@ def sample_files(paths):
     """Checksum over the beginnings of all tensors in safetensors files."""
     samples = []
     for path in paths:
-        with path.open("rb") as file:
+        with blamed_on(path), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             for name, tensor in sorted(json.loads(file.read(length)).items()):
                 if name != "__metadata__":
@@ -1696,7 +1699,8 @@ def push_command(args, files):
 
 def conclude(args, code, files):
     """The last lines of a run: where the result is, code that draws with it, and the command that pushes its `files`."""
-    logger.info(f"The result is in {args.output_dir}, pictures in {args.output_dir}/validation. To draw with it:\n\n{code}\n")
+    pictures = f", pictures in {args.output_dir}/validation" if args.validation_steps else ""
+    logger.info(f"The result is in {args.output_dir}{pictures}. To draw with it:\n\n{code}\n")
     if files and not args.push_to_hub:
         logger.info(f"To publish it: {push_command(args, files)}")
 

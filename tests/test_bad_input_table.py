@@ -418,6 +418,8 @@ def test_flags_without_effect(train, train_full, error_of, changes):
         ("rnak: 4", ["run.yaml: there is no flag --rnak"]),
         ("rank: [", ["run.yaml cannot be read as YAML"]),
         ("rank", ["run.yaml cannot be read as YAML"]),
+        ("config: other.yaml", ["run.yaml: there is no flag --config"]),
+        ("mixed_precision: yes", ["--mixed_precision", "yes"]),
         ("rank: much", ["--rank: must be a whole number", "not much"]),
         ("!!python/object/apply:os.system [exit]", ["run.yaml cannot be read as YAML"]),
         (None, ["run.yaml cannot be read as YAML"]),

@@ -213,6 +213,14 @@ def test_settings_of_a_run_make_the_same_run(trained):
     assert vars(again) == settings | {"rank": 7}
 
 
+def test_no_is_no_in_a_config_file(tmp_path):
+    """YAML reads `no` as false: mixed precision would be what accelerate is configured to."""
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\npush_to_hub: no\n")
+    words = ["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]
+    args = script.parse_args(["--config", str(tmp_path / "run.yaml"), *words])
+    assert args.mixed_precision == "no" and args.push_to_hub is False
+
+
 def test_validation_picture_says_what_it_shows(trained):
     """Which of three columns is the student?"""
     whole = np.asarray(Image.open(trained / "validation" / "step-000012.png").convert("L"))
