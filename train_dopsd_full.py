@@ -16,7 +16,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.7",
+#     "torch>=2.9",
 #     "torchao>=0.16",
 #     "diffusers>=0.42.0",
 #     "transformers>=5.18",
@@ -127,8 +127,9 @@ from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, va
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -148,6 +149,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
 OPTIMIZER_NAME = "optimizer.bin"
+SHARDS_NAME = "shards"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
 # flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and savings of
 # memory that change no result
@@ -933,14 +935,21 @@ def update_ema(shadow, parameters, decay):
         average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
 
-def draw_states(args, micro_step, process, num_processes):
-    """The M of K states, in ascending order, at which each image of a process's micro-batch is trained.
+def places_in_run(micro_step, args, accelerator):
+    """Numbers in the run of the images of a process's micro-batch, for `draw_states`."""
+    if accelerator.is_fsdp2:  # weights are gathered in every forward: all images must end at the same states
+        return [micro_step] * args.train_batch_size
+    first = (micro_step * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+    return range(first, first + args.train_batch_size)
 
-    Of K consecutive images of the run every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone.
+
+def draw_states(args, places):
+    """The M of K states, in ascending order, at which images are trained; `places` are the images' numbers in the run.
+
+    Of K consecutive images every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone.
     """
-    drawn, batch_size = [], args.train_batch_size
-    for slot in range(process * batch_size, (process + 1) * batch_size):
-        cycle, place = divmod(micro_step * num_processes * batch_size + slot, args.rollout_steps)
+    drawn = []
+    for cycle, place in (divmod(place, args.rollout_steps) for place in places):
         # 2**40 is no micro-step, so that no other draw has these numbers
         order = np.random.default_rng([args.seed, 2**40, cycle]).permutation(args.rollout_steps)
         drawn.append(sorted(np.roll(order, -place * args.states_per_rollout)[: args.states_per_rollout].tolist()))
@@ -1325,8 +1334,15 @@ def identity_of(args, dataset, cache):
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
         "images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
-        "shards of the weights": PartialState().num_processes if AcceleratorState().distributed_type == DistributedType.FSDP else 1,
+        "shards of the weights": shards_of(args),
     }
+
+
+def shards_of(args):
+    """How a checkpoint is split, for `identity_of`; see `own_states`."""
+    if AcceleratorState().distributed_type != DistributedType.FSDP:
+        return "none"
+    return PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
 
 
 def sample_weights(args):
@@ -1396,8 +1412,6 @@ def load_weights(tensors, folder):
             target = tensors.get(name)
             if target is None or target.shape != saved.shape:
                 raise ValueError(f"{path.name} has another {name}")
-            if isinstance(target, DTensor):
-                saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
             target.copy_(saved)
             missing.discard(name)
     if missing:
@@ -1406,9 +1420,9 @@ def load_weights(tensors, folder):
 
 def prepare_checkpoint(transformer, teacher, networks, folder):
     """Before a checkpoint, the teacher's copy is brought up to date, as a resumed run will find it; and the configs are written
-    that make the folders loadable."""
+    that make the folders loadable, where they hold whole weights."""
     teacher.refresh()
-    if PartialState().is_main_process:
+    if PartialState().is_main_process and not isinstance(transformer, FSDPModule):
         for network in networks:
             transformer.save_config(folder / network)
 
@@ -1423,11 +1437,17 @@ def save_checkpoint(training, args, step):
         aside.mkdir()
     accelerator.wait_for_everyone()
     training.prepare(aside)
-    for network, tensors in training.networks.items():
-        save_weights(tensors, aside / network)
-    if accelerator.is_main_process or accelerator.is_fsdp2:
-        with open(optimizer_file(aside, accelerator), "wb") as file:
-            torch.save(optimizer_state(training), file)
+    state, shards = optimizer_state(training)
+    if accelerator.is_fsdp2:  # all processes write at once; what they read needs no pickle
+        writer = distributed_checkpoint.HuggingFaceStorageWriter(aside / SHARDS_NAME, save_distributed=True)
+        distributed_checkpoint.save(shards | network_shards(training), storage_writer=writer)
+    else:
+        for network, tensors in training.networks.items():
+            save_weights(tensors, aside / network)
+    path = optimizer_file(aside, training)
+    if accelerator.is_main_process or path.name != OPTIMIZER_NAME:
+        with path.open("wb") as file:
+            torch.save(state, file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {p.relative_to(aside).as_posix(): write_through(p) for p in sorted(aside.rglob("*")) if p.is_file()}
@@ -1446,30 +1466,47 @@ def save_checkpoint(training, args, step):
     accelerator.wait_for_everyone()
 
 
-def optimizer_file(checkpoint, accelerator):
-    """The main process writes the optimiser's states; with FSDP every process those of its shards."""
-    return checkpoint / (f"optimizer-{accelerator.process_index}.bin" if accelerator.is_fsdp2 else OPTIMIZER_NAME)
+def own_states(training):
+    """Whether each process keeps its part of the optimiser's states: 8-bit blocks cannot be split anew."""
+    return training.accelerator.is_fsdp2 and not isinstance(training.optimizer.optimizer, torch.optim.AdamW)
+
+
+def optimizer_file(checkpoint, training):
+    """The file for what is not in shards of the optimiser's states."""
+    return checkpoint / (f"optimizer-{training.accelerator.process_index}.bin" if own_states(training) else OPTIMIZER_NAME)
 
 
 def optimizer_state(training):
-    """State of optimiser and gradient scaler, with this process's shards as plain tensors."""
-    scaler, state = training.accelerator.scaler, training.optimizer.optimizer.state_dict()
+    """State of optimiser and gradient scaler and, with FSDP, name -> shard of its tensors, which are None in the state."""
+    scaler, state, shards = training.accelerator.scaler, training.optimizer.optimizer.state_dict(), {}
     if training.accelerator.is_fsdp2:
-        local = {i: {n: t.to_local() if isinstance(t, DTensor) else t for n, t in values.items()} for i, values in state["state"].items()}
-        state = {**state, "state": local}
-    return {"optimizer": state, **({"scaler": scaler.state_dict()} if scaler else {})}
+        state["state"] = {index: dict(values) for index, values in state["state"].items()}
+        for index, values in state["state"].items():
+            for name, tensor in values.items():
+                if isinstance(tensor, DTensor):
+                    shards |= {} if own_states(training) else {f"optimizer.{index}.{name}": tensor}
+                    values[name] = tensor.to_local() if own_states(training) else None
+    return {"optimizer": state, **({"scaler": scaler.state_dict()} if scaler else {})}, shards
 
 
-def load_optimizer_state(training, saved):
-    """Loads what `optimizer_state` gave."""
+def network_shards(training):
+    """Name -> shard of the tensors of student and teacher."""
+    return {f"{network}.{name}": tensor for network, tensors in training.networks.items() for name, tensor in tensors.items()}
+
+
+def load_optimizer_state(training, saved, folder):
+    """Loads what `optimizer_state` gave and, with FSDP, the shards in `folder`, whatever the number of processes was."""
     optimizer = training.optimizer.optimizer
     if training.accelerator.is_fsdp2:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter, values in zip(parameters, saved["optimizer"]["state"].values(), strict=True):
+        shards, parameters = network_shards(training), [p for group in optimizer.param_groups for p in group["params"]]
+        for (index, values), parameter in zip(saved["optimizer"]["state"].items(), parameters, strict=True):
             for name, tensor in values.items():
-                if tensor.shape == parameter.to_local().shape:
+                if tensor is None:
+                    values[name] = shards[f"optimizer.{index}.{name}"] = torch.empty_like(parameter)
+                elif tensor.shape == parameter.to_local().shape:
                     whole = {"shape": parameter.shape, "stride": parameter.stride()}
                     values[name] = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+        distributed_checkpoint.load(shards, storage_reader=distributed_checkpoint.HuggingFaceStorageReader(folder))
     optimizer.load_state_dict(saved["optimizer"])
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -1485,10 +1522,11 @@ def resume(training, state):
         return 0
     checkpoint = state["path"]
     try:
-        for network, tensors in training.networks.items():
+        for network, tensors in {} if training.accelerator.is_fsdp2 else training.networks.items():
             load_weights(tensors, checkpoint / network)
-        saved = torch.load(optimizer_file(checkpoint, training.accelerator), map_location="cpu", weights_only=True)
-        load_optimizer_state(training, saved)
+        path = optimizer_file(checkpoint, training)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        load_optimizer_state(training, saved, checkpoint / SHARDS_NAME)
         training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
     except Exception as error:  # whatever somebody put there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -2303,11 +2341,9 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         validate(0)
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
-    processes = accelerator.process_index, accelerator.num_processes
-    # FSDP gathers weights in every forward, too: all processes must make the same ones
-    drawing = (0, 1) if accelerator.is_fsdp2 else processes
 
     def batch_at(micro_step):
+        processes = accelerator.process_index, accelerator.num_processes
         draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
         prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
         return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
@@ -2322,7 +2358,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
         for micro in range(args.gradient_accumulation_steps):
-            batch = *next(batches), draw_states(args, step * args.gradient_accumulation_steps + micro, *drawing)
+            batch = *next(batches), draw_states(args, places_in_run(step * args.gradient_accumulation_steps + micro, args, accelerator))
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == args.gradient_accumulation_steps - 1
             table += backward_each_state(states, transformer, args, accelerator, synchronize)

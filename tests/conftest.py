@@ -226,12 +226,12 @@ def subprocess_env():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
-def run_two_processes(command, environment):
-    """Runs a script with its flags in two processes, as `accelerate launch` would on two GPUs."""
+def run_processes(command, environment, count=2):
+    """Runs a script with its flags in several processes, as `accelerate launch` would on as many GPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *address]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), *address]
     result = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
 

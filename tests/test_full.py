@@ -1,6 +1,5 @@
 """What train_dopsd_full.py does beyond the LoRA script: the whole teacher, memory, its own optimisers, its output."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from safetensors.torch import load_file
 
 import train_dopsd_full as script
-from conftest import ROOT, WEIGHTS, patch_velocity, run_two_processes
+from conftest import ROOT, WEIGHTS, patch_velocity, run_processes
 from families import save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
@@ -38,6 +37,16 @@ def make_teacher(pipeline, train_full, tmp_path):
 
 def weights_of(folder, name="transformer"):
     return load_file(folder / name / WEIGHTS)
+
+
+def joined_shards(checkpoint, network="transformer"):
+    """The weights of a network in a checkpoint of FSDP, whose shards are of the first dimension."""
+    parts = {}
+    for file in sorted((checkpoint / "shards").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if name.startswith(f"{network}."):
+                parts.setdefault(name.removeprefix(f"{network}."), []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- teacher
@@ -134,25 +143,25 @@ def accelerate_environment(name):
 
 
 def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch, subprocess_env):
-    """Student, teacher and optimiser in shards, interrupted and resumed: the weights of one process with the whole batch."""
+    """Student, teacher and optimiser in shards, interrupted and resumed with another number of processes: the weights of one
+    process with the whole batch."""
     changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
-    draw = script.draw_states
     with monkeypatch.context() as patch:  # with FSDP, the images of all processes end at the same state
-        patch.setattr(script, "draw_states", lambda args, step, *_: 2 * draw(argparse.Namespace(**vars(args) | {"train_batch_size": 1}), step, 0, 1))
-        one = train_full(tmp_path / "one", max_train_steps=3, train_batch_size=2, **changes)
-    for steps in (2, 3):
-        flags = train_full.flags(tmp_path / "two", max_train_steps=steps, resume_from_checkpoint="latest", **changes)
-        environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
-        environment.pop("ACCELERATE_USE_CPU", None)
-        run_two_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], environment)
-    for folder, network in ((".", "transformer"), ("checkpoint-3", "transformer"), ("checkpoint-3", "teacher")):
-        ours, theirs = (weights_of(run / folder, network) for run in (one, tmp_path / "two"))
-        for name in ours:
-            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
-    before = weights_of(tmp_path / "two" / "checkpoint-2")
-    assert max((theirs - before[n]).abs().max() for n, theirs in weights_of(tmp_path / "two").items()) > 1e-4
-    with pytest.raises(ValueError, match="shards of the weights"):  # the optimiser's states are in shards, too
-        train_full(tmp_path / "two", max_train_steps=4, train_batch_size=2, resume_from_checkpoint="latest", **changes)
+        patch.setattr(script, "places_in_run", lambda step, *_: [step] * 2)
+        one = train_full(tmp_path / "one", max_train_steps=4, train_batch_size=2, **changes)
+    environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    for steps, processes in ((2, 2), (3, 1), (4, 2)):
+        flags = {"max_train_steps": steps, "train_batch_size": 2 // processes, "resume_from_checkpoint": "latest", **changes}
+        command = [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *train_full.flags(tmp_path / "two", **flags)]
+        run_processes(command, environment, processes)
+    two, ours = tmp_path / "two", weights_of(one)
+    assert max((weight - ours[n]).abs().max() for n, weight in joined_shards(two / "checkpoint-3").items()) > 1e-4
+    for theirs in (weights_of(two), joined_shards(two / "checkpoint-4")):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(joined_shards(two / "checkpoint-4", "teacher"), weights_of(one / "checkpoint-4", "teacher"), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="shards of the weights"):  # a run without FSDP reads none
+        train_full(tmp_path / "two", max_train_steps=5, train_batch_size=2, resume_from_checkpoint="latest", **changes)
 
 
 def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subprocess_env):
@@ -163,14 +172,14 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subproces
     environment.pop("ACCELERATE_USE_CPU", None)
     for folder in ("whole", "part"):
         flags = train_full.flags(tmp_path / folder, max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest", **changes)
-        run_two_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], environment)
+        run_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], environment)
         if folder == "whole":
             shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
-    whole, part, before = (weights_of(tmp_path / name) for name in ("whole", "part", "part/checkpoint-2"))
+    whole, part, before = weights_of(tmp_path / "whole"), weights_of(tmp_path / "part"), joined_shards(tmp_path / "part" / "checkpoint-2")
     assert all(torch.equal(w, whole[n]) for n, w in part.items())
     assert max((w - before[n]).abs().max() for n, w in part.items()) > 1e-4
-    shards = (tmp_path / "whole" / "checkpoint-3").glob("optimizer*/*.distcp")
-    assert sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "checkpoint-3" / "transformer" / WEIGHTS).stat().st_size
+    shards = (tmp_path / "whole" / "checkpoint-3").glob("optimizer-*.bin")
+    assert 0 < sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "transformer" / WEIGHTS).stat().st_size
 
 
 # ---------------------------------------------------------------------------------------------------------- optimisers

@@ -149,7 +149,7 @@ def test_estimate_of_full_fine_tuning_is_what_torch_allocates(flags, tmp_path):
 
     def step():
         pipeline.transformer.zero_grad()
-        drawn = full.draw_states(args, 0, 0, 1)
+        drawn = full.draw_states(args, range(args.train_batch_size))
         states = full.rollout(pipeline, pipeline.transformer, teacher, (*batch, drawn), args, accelerator)
         full.backward_each_state(states, pipeline.transformer, args, accelerator, True)
 

@@ -1,5 +1,6 @@
 """The rollout, its gradient, the teacher and the draws: what D-OPSD is."""
 
+import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -218,7 +219,7 @@ def test_mean_gradient_over_the_draws_is_that_of_all_states(student, flags, tmp_
     args = script.parse_args(flags(tmp_path, rollout_steps=4, states_per_rollout=count))
     _, expected = student.backward(batch, loss_weighting=weighting)
     for micro_step in range(4):
-        drawn = script.draw_states(args, micro_step, 0, 1)
+        drawn = script.draw_states(args, [micro_step])
         _, gradient = student.backward(batch, drawn=drawn, loss_weighting=weighting)
         means = [mean + g / 4 for mean, g in zip(means or [0.0] * len(gradient), gradient)]
     for ours, theirs in zip(means, expected, strict=True):
@@ -346,7 +347,7 @@ def state_flags(steps, count, batch_size=1, seed=5):
 @pytest.mark.parametrize(("steps", "count"), [(1, 1), (4, 1), (4, 2), (4, 3), (4, 4), (8, 1), (8, 3)])
 def test_every_state_is_drawn_equally_often(steps, count):
     """Of K images each state trains M: what is left to chance is noise, and what is left out is never learned."""
-    drawn = [states for step in range(6 * steps) for states in script.draw_states(state_flags(steps, count), step, 0, 1)]
+    drawn = script.draw_states(state_flags(steps, count), range(6 * steps))
     assert all(states == sorted(set(states)) and len(states) == count for states in drawn)
     cycles = [drawn[i : i + steps] for i in range(0, len(drawn), steps)]
     for cycle in cycles:
@@ -357,8 +358,16 @@ def test_every_state_is_drawn_equally_often(steps, count):
 @pytest.mark.parametrize("count", [1, 3])
 def test_states_depend_on_seed_and_place_alone(count):
     """Neither a resume nor the number of processes or the size of batches may change what is trained."""
-    one = [states for step in range(24) for states in script.draw_states(state_flags(4, count), step, 0, 1)]
-    assert one == [states for step in range(12) for states in script.draw_states(state_flags(4, count, 2), step, 0, 1)]
-    places = [(step, process) for step in range(6) for process in (0, 1)]
-    assert one == [states for place in places for states in script.draw_states(state_flags(4, count, 2), *place, 2)]
-    assert one != [states for step in range(24) for states in script.draw_states(state_flags(4, count, seed=6), step, 0, 1)]
+
+    def drawn(steps, processes=1, fsdp=False, **flags):
+        args, found = state_flags(4, count, **flags), []
+        for step, index in itertools.product(range(steps), range(processes)):
+            accelerator = SimpleNamespace(num_processes=processes, process_index=index, is_fsdp2=fsdp)
+            found += script.draw_states(args, script.places_in_run(step, args, accelerator))
+        return found
+
+    one = drawn(24)
+    assert one == drawn(12, batch_size=2) == drawn(6, processes=2, batch_size=2)
+    assert one != drawn(24, seed=6)
+    twice = [states for states in one for _ in range(2)]  # with FSDP, the images of all processes end at the same state
+    assert twice == drawn(24, fsdp=True, batch_size=2) == drawn(24, fsdp=True, processes=2)

@@ -231,7 +231,7 @@ def test_weights_of_states(name):
     losses = variant.replaced["state_loss"](shown, torch.zeros_like(shown), torch.tensor(curves.SIGMAS), "velocity")
     flags = types.SimpleNamespace(rollout_steps=4, states_per_rollout=1, train_batch_size=1, seed=0)
     draw = variant.replaced.get("draw_states", train_dopsd_lora.draw_states)
-    drawn = [draw(flags, step, 0, 1)[0][0] for step in range(40)]
+    drawn = [states[0] for states in draw(flags, range(40))]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / len(drawn)
     expected = torch.tensor([8, 4, 2, 1]) / 15 if name == "weights" else torch.full((4,), 0.25)
     torch.testing.assert_close(losses * shares, expected)

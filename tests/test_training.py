@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dopsd_lora as script
-from conftest import LORA, WEIGHTS, patch_velocity, run_two_processes
+from conftest import LORA, WEIGHTS, patch_velocity, run_processes
 from pipeline_dopsd import PRIOR_PROMPTS, DOPSDZImagePipeline
 
 
@@ -62,14 +62,14 @@ def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypat
     part, accumulated, drawn = tmp_path / "part", changes.get("gradient_accumulation_steps", 1), []
     draw_states, interrupted_at = train.module.draw_states, 4 * accumulated  # in the fifth step, one after the checkpoint
 
-    def counted(args, micro_step, *place):
-        drawn.append(micro_step)
-        return draw_states(args, micro_step, *place)
+    def counted(args, places):
+        drawn.append(places[0] // args.train_batch_size)
+        return draw_states(args, places)
 
-    def interrupted(args, micro_step, *place):
-        if micro_step == interrupted_at:
+    def interrupted(args, places):
+        if places[0] // args.train_batch_size == interrupted_at:
             raise KeyboardInterrupt
-        return draw_states(args, micro_step, *place)
+        return draw_states(args, places)
 
     command = {"max_train_steps": 6, "checkpointing_steps": 3, "resume_from_checkpoint": "latest", **changes}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -228,10 +228,10 @@ def test_log_has_the_states_that_were_trained(train_any, tmp_path, monkeypatch):
                 losses[-1].extend(zip(k.tolist(), values.tolist()))
             yield k, values
 
-    def draw(args, micro_step, *place):
-        if micro_step % 2 == 0:
+    def draw(args, places):
+        if places[0] % 4 == 0:
             losses.append([])
-        return [[[0], [2]], [[0], [0]], [[1], [1]], [[1], [1]]][micro_step]
+        return [[[0], [2]], [[0], [0]], [[1], [1]], [[1], [1]]][places[0] // 2]
 
     monkeypatch.setattr(train_any.module, "rollout", recorded)
     monkeypatch.setattr(train_any.module, "draw_states", draw)
@@ -321,7 +321,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subpr
     """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
     changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, checkpoints_total_limit=3, **changes)
-    run_two_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], subprocess_env)
+    run_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], subprocess_env)
     ours, theirs = load_file(one / train_any.result), load_file(tmp_path / "two" / train_any.result)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -333,7 +333,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subpr
 def test_two_processes_share_a_quantised_base(train, tmp_path, subprocess_env):
     """Packed weights cannot be sent to the other process; they are read from the same files."""
     changes = {"max_train_steps": 1, "quantization": "int8", "mixed_precision": "bf16"}
-    run_two_processes([train.module.__file__, *train.flags(tmp_path, "--gradient_checkpointing", **changes)], subprocess_env)
+    run_processes([train.module.__file__, *train.flags(tmp_path, "--gradient_checkpointing", **changes)], subprocess_env)
     assert all((w != 0).any() for name, w in load_file(tmp_path / LORA).items() if "lora_B" in name)
 
 

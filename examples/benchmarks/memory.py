@@ -130,7 +130,7 @@ WITHOUT_AUTOCAST = argparse.Namespace(autocast=contextlib.nullcontext)
 
 def run_states(script, pipeline, teacher, batch, args):
     """Forwards and backwards of a step's first two states, if it has so many: the second meets the gradients of the first."""
-    batch = *batch, script.draw_states(args, 0, 0, 1)
+    batch = *batch, script.draw_states(args, range(args.train_batch_size))
     rollouts = (script.rollout(pipeline, pipeline.transformer, teacher, batch, args, WITHOUT_AUTOCAST) for _ in range(args.gradient_accumulation_steps))
     for _, losses in itertools.islice(itertools.chain.from_iterable(rollouts), 2):
         losses.mean().backward()

@@ -33,21 +33,22 @@ state_loss = script.state_loss
 # ------------------------------------------------------------------------------------------------------------ variants
 def always(*states):
     """A draw that gives every image the same states."""
-    return lambda args, micro_step, process, num_processes: [list(states)] * args.train_batch_size
+    return lambda args, places: [list(states)] * len(places)
 
 
-def independent(args, micro_step, process, num_processes):
+def independent(args, places):
     """One state for every image, drawn without regard to the others."""
-    return np.random.default_rng([args.seed, 2**41, micro_step]).integers(K, size=(args.train_batch_size, 1)).tolist()
+    several = [np.random.default_rng([args.seed, 2**41, place // args.train_batch_size]).integers(K, size=args.train_batch_size) for place in places]
+    return [[int(drawn[place % args.train_batch_size])] for place, drawn in zip(places, several)]
 
 
 def leaning(shares):
     """A draw of one state for every image, state k in `shares[k]` of sum(shares) consecutive images."""
     deck = np.repeat(np.arange(K), shares)
 
-    def draw(args, micro_step, process, num_processes):
-        places = [divmod(micro_step * args.train_batch_size + slot, len(deck)) for slot in range(args.train_batch_size)]
-        return [[int(np.random.default_rng([args.seed, 2**41, cycle]).permutation(deck)[place])] for cycle, place in places]
+    def draw(args, places):
+        cycles = [divmod(place, len(deck)) for place in places]
+        return [[int(np.random.default_rng([args.seed, 2**41, cycle]).permutation(deck)[place])] for cycle, place in cycles]
 
     return draw
 

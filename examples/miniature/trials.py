@@ -57,7 +57,7 @@ class Variant:
             return self.cost
         args = argparse.Namespace(rollout_steps=K, states_per_rollout=self.states, train_batch_size=1, seed=0)
         draw = self.replaced.get("draw_states", script.draw_states)
-        drawn = [draw(args, step, 0, 1)[0] for step in range(12_000)]
+        drawn = draw(args, range(12_000))
         return round(float(np.mean([states[-1] + 1 + 2 * len(states) for states in drawn])), 1)
 
 
