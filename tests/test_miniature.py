@@ -1,6 +1,7 @@
 """The committed miniature: what the demo, its README and its table rely on."""
 
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -30,6 +31,7 @@ import world  # noqa: E402
 from concepts import (  # noqa: E402
     CONCEPTS,
     MAIN,
+    further_scenes,
     held_out_scenes,
     prior_prompts,
     training_pictures,
@@ -186,6 +188,28 @@ def test_each_baseline_trains(name, contexts):
     trials.train("model", compare.VARIANTS[name], "arrow", (2, 1e-3), 1, 0, validate, contexts)
     assert norms[0] == 0
     assert (norms[1] > 0) == (name != "no_picture")  # text alone teaches nothing
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_folders_of_the_advice(tmp_path, name):
+    """More pictures that show what is measured would count copies; a folder of another size would answer another question."""
+    measured = {(scene.background, scene.position) for scene in held_out_scenes(CONCEPTS[name])}
+    scenes = further_scenes(CONCEPTS[name], 4)
+    assert measured.isdisjoint((scene.background, scene.position) for scene in scenes)
+    for variant, count in (("pictures1", 1), ("pictures2", 2), ("pictures8", 8), ("caption", 4)):
+        folder = curves.VARIANTS[variant].folder(name, tmp_path)
+        assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.txt"))) == count
+    assert len({file.read_text() for file in folder.glob("*.txt")}) == 1
+
+
+def test_finished_runs_become_entries(tmp_path):
+    """A run that is lost on its way into the table's file is an hour lost; one that replaces another's entry is a wrong row."""
+    finished = tmp_path / "finished.json"
+    finished.write_text('{"old": [{"right": [0.5]}]}')
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "new.json").write_text('[{"right": [0.123456789], "step": 3}]')
+    trials.collect(tmp_path / "runs", finished)
+    assert json.loads(finished.read_text()) == {"old": [{"right": [0.5]}], "new": [{"right": [0.123457], "step": 3}]}
 
 
 def test_sft_of_the_comparison_is_that_of_the_script():

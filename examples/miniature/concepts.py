@@ -56,15 +56,26 @@ CONCEPTS = {
 MAIN = ["arrow", "cored_house", "ember"]  # on which settings are chosen
 
 
-def training_scenes(concept, count=4):
+def training_scenes(concept):
     """Scenes of the training pictures: every background and position at most once, both sizes."""
     rng = np.random.default_rng(1)
     backgrounds, positions = rng.permutation(list(world.BACKGROUNDS)), rng.permutation(list(world.POSITIONS))
-    scenes = [concept.scene(np.random.default_rng([2, i])) for i in range(count)]
+    scenes = [concept.scene(np.random.default_rng([2, i])) for i in range(4)]
     return [
-        replace(s, background=str(backgrounds[i]), position=str(positions[i]), size=("large", "large", "small", "large")[i % 4])
+        replace(s, background=str(backgrounds[i]), position=str(positions[i]), size=("large", "large", "small", "large")[i])
         for i, s in enumerate(scenes)
     ]
+
+
+def further_scenes(concept, count):
+    """Scenes for more training pictures, in none of the surroundings of the others or of the scenes for measuring."""
+    rng, scenes = np.random.default_rng(6), []
+    taken = {(s.background, s.position) for s in [*training_scenes(concept), *held_out_scenes(concept)]}
+    while len(scenes) < count:
+        scene = concept.scene(rng)
+        scenes += [scene] if (scene.background, scene.position) not in taken else []
+        taken.add((scene.background, scene.position))
+    return scenes
 
 
 def held_out_scenes(concept, count=24):
@@ -91,15 +102,20 @@ def prior_prompts(count=64):
     return [caption for caption in dict.fromkeys(captions) if caption not in measured]
 
 
+def pictures_of(scenes):
+    return [Image.fromarray(world.render(scene, 100 + i)) for i, scene in enumerate(scenes)]
+
+
 def training_pictures(concept):
-    return [Image.fromarray(world.render(scene, 100 + i)) for i, scene in enumerate(training_scenes(concept))]
+    return pictures_of(training_scenes(concept))
 
 
-def write(name, concept, folder):
+def write(name, concept, folder, count=4):
     """Pictures and captions in the format of --instance_data_dir: the full caption and three shorter ones per picture."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
-    for i, (scene, picture) in enumerate(zip(training_scenes(concept), training_pictures(concept))):
+    scenes = [*training_scenes(concept)[:count], *further_scenes(concept, max(0, count - 4))]
+    for i, (scene, picture) in enumerate(zip(scenes, pictures_of(scenes))):
         picture.save(folder / f"{name}_{i}.png")
         captions = [concept.caption(scene)] + [concept.caption(scene, rng) for _ in range(3)]
         (folder / f"{name}_{i}.txt").write_text("\n".join(dict.fromkeys(captions)) + "\n")

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import trials
-from concepts import MAIN
+from concepts import CONCEPTS, MAIN, write
 from trials import WHOLE, K, Variant, script, shown, worth
 
 
@@ -82,8 +82,38 @@ class SlowingTeacher(script.LoRATeacher):
         super().step()
 
 
+def pictures(count):
+    """A data folder with another number of pictures."""
+
+    def make(name, folder):
+        folder = folder / f"{name}-{count}"
+        write(name, CONCEPTS[name], folder, count)
+        return folder
+
+    return make
+
+
+def one_caption(name, folder):
+    """A data folder without captions of its pictures: all have the shortest one, which is the word alone or nearly so."""
+    folder = folder / f"{name}-caption"
+    write(name, CONCEPTS[name], folder)
+    concept = CONCEPTS[name]
+    for file in folder.glob("*.txt"):
+        file.write_text(f"a {concept.word}" if concept.shape else f"in {concept.word} style")
+    return folder
+
+
 EARLY, LATE = [4, 3, 2, 1], [1, 2, 3, 4]
-VARIANTS = {
+# what users choose: each in place of 4 pictures with 2 to 4 captions each, rank 16, 128 steps and 1e-3
+ADVICE = {
+    "pictures1": Variant("1 picture", folder=pictures(1)),
+    "pictures2": Variant("2 pictures", folder=pictures(2)),
+    "pictures8": Variant("8 pictures", folder=pictures(8)),
+    "caption": Variant("one caption for all", folder=one_caption),
+    "rate5e-4": Variant("--learning_rate 5e-4", flags={"learning_rate": 5e-4}),
+    "rate2e-3": Variant("--learning_rate 2e-3", flags={"learning_rate": 2e-3}),
+}
+VARIANTS = ADVICE | {
     "m4": Variant("M = 4", 4),
     "m2": Variant("M = 2", 2),
     "m1": Variant("M = 1"),
@@ -141,7 +171,10 @@ QUESTIONS = {
         "One, two and all of the states for a fifth of the passes", [("m1", 0.2), ("m2", 0.2), ("m4", 0.2)], (1, 2), (1e-3, 2e-3), curves=True
     ),
     "variants": Question(
-        "Variants of one state for a fifth of the passes, a first look", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2")], rates=(1e-3,), seeds=1
+        "Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2", *ADVICE)]
+    ),
+    "advice": Question(
+        "Pictures, captions, steps, rank and learning rate", [("m1", share) for share in (0.05, 0.1, 0.2, 0.4)] + [(n, 0.2) for n in ("rank4", "rank64", *ADVICE)], rates=(1e-3,), seeds=1
     ),
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 All are trained by train_dopsd_lora.py itself, with its default LoRA on the attention and feed-forward of all blocks; a variant puts
 functions of its own in the place of some of the script's. Cost is counted in transformer passes, a forward or a backward of one
 image. A finished run is a file in the work folder or an entry of a JSON file beside the programs, and is not run again.
+
+    python examples/miniature/trials.py curves       # files in build/curves become entries of curves.json
 """
 
 import argparse
@@ -162,3 +164,19 @@ def add_arguments(parser, name):
     parser.add_argument("--processes", type=int, default=1, help="runs at once, of one thread each")
     parser.set_defaults(finished=HERE / f"{name}.json")
 
+
+def rounded(value):
+    """`value`, which JSON can hold, with six digits of its numbers."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def collect(work_dir, finished):
+    """Takes the finished runs of a work folder into the file `finished`, one on each line."""
+    runs = json.loads(finished.read_text()) | {path.stem: rounded(json.loads(path.read_text())) for path in work_dir.glob("*.json")}
+    finished.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)) + "\n}\n")
+
+
+if __name__ == "__main__":
+    collect(HERE.parents[1] / "build" / sys.argv[1], HERE / f"{sys.argv[1]}.json")
