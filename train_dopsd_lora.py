@@ -1306,7 +1306,7 @@ def identity_of(args, dataset, cache):
 def shards_of(args):
     """How a checkpoint is split, for `identity_of`; see `own_states`."""
     if AcceleratorState().distributed_type != DistributedType.FSDP:
-        return "none"
+        return 1
     return PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
 
 
