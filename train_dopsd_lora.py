@@ -246,7 +246,7 @@ def add_shared_arguments(parser):
     add("--variant", help="Variant of the base's weight files, for example fp16.")
     add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, which reads the images. Default: the family's.")
     add("--teacher_max_pixels", type=COUNT, help="Larger images are scaled down for the VLM. Default: the family's.")
-    add("--encoder_quantization", choices=QUANTIZATIONS, help="Hold text encoder and VLM so while contexts are encoded.")
+    add("--encoder_quantization", choices=QUANTIZATIONS, help="Quantise text encoder and VLM while contexts are encoded.")
     add = parser.add_argument_group("data").add_argument
     add("--instance_data_dir", help="Folder of images, captions as lines of NAME.txt or in metadata.jsonl or metadata.csv.")
     add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
@@ -269,7 +269,7 @@ def add_shared_arguments(parser):
     add("--teacher_image", choices=["target", "other"], default="target", help="The teacher sees the image itself, or the next one.")
     add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
     add("--prior_prompts", help="File of ordinary prompts, one a line, whose pictures must not change; or none. Default: a built-in list.")
-    add("--prior_every", type=number(int, low=2), default=3, help="Every so many batches, one is of --prior_prompts.")
+    add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
@@ -278,7 +278,7 @@ def add_shared_arguments(parser):
     add("--num_train_epochs", type=COUNT, help="In place of --max_train_steps: how often each image is drawn.")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="Peak learning rate; 1 for prodigy.")
     add("--lr_scheduler", default="constant", choices=schedulers, help="Learning rate over the steps.")
-    add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps over which it rises from zero.")
+    add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps of warm-up, over which the learning rate rises from zero.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
     add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="prodigy finds the rate itself.")
@@ -300,7 +300,7 @@ def add_shared_arguments(parser):
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=COUNT, help="Keep only so many of the newest checkpoints.")
+    add("--checkpoints_total_limit", type=COUNT, help="Keep only so many of the newest checkpoints. Default of train_dopsd_full.py: 2.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or latest: the newest of OUTPUT_DIR. Without one the run starts anew.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
     add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
@@ -321,8 +321,8 @@ def add_lora_arguments(parser):
     add("--lora_alpha", type=COUNT, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
     add("--lora_dropout", type=DECAY, default=0.0, help="Share of the LoRA's inputs that is dropped at random, in the student alone.")
-    add("--quantization", choices=QUANTIZATIONS, help="Hold the frozen transformer so. Use it with --gradient_checkpointing.")
-    add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks that visit the GPU in turn.")
+    add("--quantization", choices=QUANTIZATIONS, help="Quantise the frozen transformer. Use it with --gradient_checkpointing.")
+    add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks that stay in CPU memory and are copied to the GPU when they compute.")
     add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention and feed-forward of all blocks.")
 
 
@@ -761,15 +761,9 @@ class ContextCache:
         return paths[0], paths[-1]
 
     def read(self, row, shown, caption):
-        """(student context, teacher context). Raises InputError that names a file which is not as it was written."""
-        contexts = {}
-        for path in set(paths := self.paths(row, shown, caption)):
-            with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # of any kind: the damage may be anywhere
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                contexts |= {path: tensors} if file.metadata()["xxh3_128"] == tensor_checksum(tensors) else {}
-            if path not in contexts:
-                raise InputError(f"The context {path} is damaged or cannot be read. Remove it and start anew, or from the last checkpoint "
-                                 "(--resume_from_checkpoint latest): it is then encoded anew.")  # fmt: skip
+        """(student context, teacher context); see `read_context`."""
+        paths = self.paths(row, shown, caption)
+        contexts = {path: read_context(path) for path in set(paths)}
         return tuple(contexts[path] for path in paths)
 
     def write(self, path, context):
@@ -792,6 +786,16 @@ class ContextCache:
                 return True
         logger.error(f"The context {path} is damaged or cannot be read; it is encoded anew.")  # of whichever process
         return False
+
+
+def read_context(path):
+    """The tensors of a stored context. Raises InputError that names a file which is not as it was written."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:  # of any kind: the damage may be anywhere
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if file.metadata()["xxh3_128"] == tensor_checksum(tensors):
+            return tensors
+    raise InputError(f"The context {path} is damaged or cannot be read. Remove it and start anew, or from the last checkpoint "
+                     "(--resume_from_checkpoint latest): it is then encoded anew.")  # fmt: skip
 
 
 def tensor_checksum(tensors):
@@ -1159,7 +1163,8 @@ def check_output_dir(args):
     foreign = [path.name for path in checkpoints if path not in own]
     results = [path.name for path in results_in(folder)]
     if not own and SETTINGS_NAME not in results:  # of another program, or somebody's project
-        foreign += results
+        ours = (folder / "validation").is_dir()  # of a run that ended before its first checkpoint
+        foreign += results + [name for name in ("transformer", *([] if ours else ["samples"])) if (folder / name).exists()]
     if foreign:
         raise ValueError(f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder.")
     if (own or results) and not args.overwrite_output_dir:
@@ -1383,6 +1388,26 @@ def load_weights(tensors, folder):
         raise ValueError(f"{folder.name} lacks {min(missing)}")
 
 
+@contextlib.contextmanager
+def first_failure():
+    """Within: an error of torch's distributed checkpoints, which is no Exception, becomes that of one of the processes."""
+    try:
+        yield
+    except distributed_checkpoint.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def save_shards(tensors, folder):
+    """Writes name -> DTensor, each process its shards, in safetensors of about 2 GiB: a file is held in memory twice while it is
+    written, and not in pinned memory, which torch would keep."""
+    sizes = np.cumsum([tensor.nbytes / PartialState().num_processes for tensor in tensors.values()])
+    numbers = {name: 1 + int(size // 2**31) for name, size in zip(tensors, sizes)}
+    writer = distributed_checkpoint.HuggingFaceStorageWriter(folder, numbers, save_distributed=True)
+    writer.per_thread_copy_ahead = 0
+    with first_failure():
+        distributed_checkpoint.save(tensors, storage_writer=writer)
+
+
 def save_checkpoint(training, args, step):
     """Writes checkpoint-STEP aside, renames it when all of it is on the disk, and only then removes the oldest beyond the limit."""
     folder, accelerator = Path(args.output_dir), training.accelerator
@@ -1395,8 +1420,7 @@ def save_checkpoint(training, args, step):
     training.prepare(aside)
     state, shards = optimizer_state(training)
     if accelerator.is_fsdp2:  # all processes write at once; what they read needs no pickle
-        writer = distributed_checkpoint.HuggingFaceStorageWriter(aside / SHARDS_NAME, save_distributed=True)
-        distributed_checkpoint.save(shards | network_shards(training), storage_writer=writer)
+        save_shards(shards | network_shards(training), aside / SHARDS_NAME)
     else:
         for network, tensors in training.networks.items():
             save_weights(tensors, aside / network)
@@ -1462,7 +1486,8 @@ def load_optimizer_state(training, saved, folder):
                 elif tensor.shape == parameter.to_local().shape:
                     whole = {"shape": parameter.shape, "stride": parameter.stride()}
                     values[name] = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, **whole)
-        distributed_checkpoint.load(shards, storage_reader=distributed_checkpoint.HuggingFaceStorageReader(folder))
+        with first_failure():
+            distributed_checkpoint.load(shards, storage_reader=distributed_checkpoint.HuggingFaceStorageReader(folder))
     optimizer.load_state_dict(saved["optimizer"])
     if training.accelerator.scaler:
         training.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -1508,10 +1533,11 @@ def report_disk(training, args, first_step):
 
 # ------------------------------------------------------------------------------------------------------------- output
 def public_settings(args):
-    """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone."""
+    """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone, as .../NAME,
+    which is no folder that another run could take for it."""
 
     def shown(value):
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        return f".../{Path(value).name}" if isinstance(value, str) and os.path.isabs(value) else value
 
     own = args.context_cache_dir == os.path.join(args.output_dir, "contexts")  # another run has another folder
     return {name: shown(value) for name, value in vars(args).items()} | ({"context_cache_dir": None} if own else {})
@@ -1556,8 +1582,9 @@ def save_repository_files(pipeline, args):
 def save_samples(pictures, args):
     """Replaces the pictures of the model card's gallery."""
     folder = Path(args.output_dir) / "samples"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
     for number, picture in enumerate(pictures):
         picture.save(folder / f"{number}.png")
 
@@ -1635,7 +1662,7 @@ def example_code(args, samples, loading):
 from diffusers import DiffusionPipeline{load}
 
 {loading}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")  # or, with less memory: pipe.enable_model_cpu_offload()
 image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
              guidance_scale=0.0).images[0]
 image.save("image.png")"""
@@ -1958,6 +1985,9 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
     args.mixed_precision = accelerator.mixed_precision
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
+        plugin = accelerator.state.fsdp_plugin  # would round the times of the states; autocast casts what needs it
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
@@ -2172,9 +2202,11 @@ def log_steps(pending, started, bar, args, training):
         check_finite(sums, grad_norm if accelerator.scaler is None else 0.0)
         loss = sum(sums) / sum(counts)
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
-        accelerator.log({"loss": loss, **states, "grad_norm": grad_norm, "lr": lr, **timing}, step=step)
+        # of a fused backward, no gradient is left to be measured
+        norm = {} if getattr(args, "fused_backward_pass", False) else {"grad_norm": grad_norm}
+        accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
         if not (args.prior_prompts != "none" and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
-            training.history.append((loss, grad_norm))
+            training.history.append((loss, grad_norm if norm else math.nan))
     warn_once(training)
     bar.set_postfix(loss=np.mean([loss for loss, _ in training.history[-20:]] or [loss]), lr=lr)
 

@@ -40,7 +40,6 @@ import torch
 import transformers
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -327,7 +326,7 @@ def draw(drawings, load, args, accelerator):
 
 def context_of(drawing, device):
     """The tensors of a drawing's context."""
-    return {name: tensor.to(device) for name, tensor in load_file(drawing.context).items()}
+    return {name: tensor.to(device) for name, tensor in dopsd.read_context(drawing.context).items()}
 
 
 def load_base(family, args):
@@ -526,7 +525,7 @@ def token_statistics(family, way, layer, dataset, files):
         chat = vlm.chat(prompt + way.teacher_prompt_suffix, patches // vlm.image_processor.merge_size**2, family.chat_ending(tokenizer))
         seen = torch.tensor(vlm.tokenizer(chat).input_ids) == vlm.config.image_token_id
         seen = seen[vlm.skipped_tokens :]
-        embeds = load_file(file)["prompt_embeds"].float()[: len(seen)]
+        embeds = dopsd.read_context(file)["prompt_embeds"].float()[: len(seen)]
         embeds = embeds.reshape(len(embeds), -1, hidden)
         seen = seen[: len(embeds)]
         for kind in tokens:

@@ -231,6 +231,15 @@ def test_files_of_another_project_are_not_overwritten(trainer, tmp_path, name):
     assert (tmp_path / name).read_text() == "{}"
 
 
+@pytest.mark.parametrize("name", ["samples", "transformer"])
+def test_folders_of_another_project_are_not_replaced(trainer, tmp_path, name):
+    """--output_dir on a folder of one's own pictures or weights, which would be gone at the first validation."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "0.png").write_text("kept")
+    refused(trainer, tmp_path, name, "another folder")
+    assert (tmp_path / name / "0.png").read_text() == "kept"
+
+
 def test_checkpoints_of_another_program_are_not_touched(trainer, tmp_path):
     """Other trainers name their folders alike."""
     (tmp_path / "checkpoint-1").mkdir()

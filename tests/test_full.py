@@ -11,6 +11,8 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.fsdp import fully_shard
 
 import train_dopsd_full as script
 from conftest import ROOT, WEIGHTS, patch_velocity, run_processes
@@ -182,6 +184,37 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subproces
     assert 0 < sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "transformer" / WEIGHTS).stat().st_size
 
 
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def test_average_reaches_every_unit_of_fsdp(one_process_group):
+    """accelerate keeps a model's last norm gathered after a forward: that of klein's teacher would stay the base's for ever."""
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
+    fully_shard(module[1], mesh=mesh, reshard_after_forward=False)
+    fully_shard(module, mesh=mesh)
+    x, shadow = torch.ones(1, 4), module.state_dict()
+    before = module(x)
+    for weight in shadow.values():
+        weight.zero_()
+    teacher = script.FullTeacher.__new__(script.FullTeacher)
+    teacher.module, teacher.shadow, teacher.age, teacher.on_cpu = module, shadow, 0, False
+    teacher.refresh()
+    assert before.abs().max() > 0 and module(x).abs().max() == 0
+
+
+def test_error_of_one_process_is_everybodys():
+    """torch wraps it in what is no Exception: a full disk would end in a traceback of each process."""
+    failures = {1: (OSError(28, "No space left on device"), None)}
+    with pytest.raises(OSError, match="No space left"), script.first_failure():
+        raise CheckpointException("failed", failures)
+
+
 # ---------------------------------------------------------------------------------------------------------- optimisers
 MODES = {
     "cpu average": ([], {"ema_device": "cpu", "ema_refresh_steps": 2}),
@@ -195,12 +228,21 @@ MODES = {
 def test_resume_is_exact_in_every_mode(train_full, uncompiled, tmp_path, mode):
     """Ages of the average, factored or 8-bit states and random rounding must all go on where they stopped."""
     switches, changes = MODES[mode]
-    whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4, checkpointing_steps=3)
+    whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4)  # without a checkpoint where the other stops
     part = train_full(tmp_path / "part", *switches, **changes, max_train_steps=3)
     train_full(part, *switches, **changes, max_train_steps=4, resume_from_checkpoint="latest")
-    ours, theirs, before = weights_of(part), weights_of(whole), weights_of(whole / "checkpoint-3")
+    ours, theirs, before = weights_of(part), weights_of(whole), weights_of(part / "checkpoint-3")
     assert all(torch.equal(w, theirs[n]) for n, w in ours.items())
     assert not all(torch.equal(w, before[n].to(w.dtype)) for n, w in ours.items())
+
+
+def test_fused_run_does_not_complain_of_missing_gradients(train_full, tmp_path, caplog, monkeypatch):
+    """They are freed in the backward: a norm of zero, and a warning that nothing is learned, would end good runs."""
+    logs = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append(values))
+    train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0, max_train_steps=11)
+    assert len(logs) == 11 and not any("grad_norm" in values for values in logs)
+    assert "gradients are zero" not in caplog.text
 
 
 def test_stochastic_rounding_keeps_small_updates():

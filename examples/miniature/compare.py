@@ -235,10 +235,13 @@ def search(methods, pool, args):
     return best, tried
 
 
-def interval(values):
+DIGITS = {"fine detail": 2, "Frechet distance": 0}
+
+
+def interval(values, digits=1):
     """Mean and half of the 95 % interval over training seeds."""
-    half = f" ± {T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) in T95 else ""
-    return f"{np.mean(values):.1f}{half}"
+    half = f" ± {T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) in T95 else ""
+    return f"{np.mean(values):.{digits}f}{half}"
 
 
 def base_figures(args):
@@ -261,7 +264,9 @@ def print_tables(found, best, tried, args):
         "unrelated, 30 steps": lambda p: 100 * p["slow"][1] if "slow" in p else math.nan,
     }  # fmt: skip
     print(f"\nMean over the concepts {', '.join(args.concepts)}; ± 95 per cent interval over the training seeds\n")
-    print("| | learning rate | " + " | ".join(columns) + " | unrelated, less D-OPSD with prior prompts |\n|---" * 1 + "|---" * (len(columns) + 2) + "|")
+    differences = ["concept", "unrelated"] if "prior" in found else []
+    names = ["", "learning rate", *columns, *(f"{column}, less D-OPSD with prior prompts" for column in differences)]
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
 
     def mean(name, figure):
         """Of each training seed, the mean over the concepts; at 30 steps the first seed and three concepts alone are measured."""
@@ -270,11 +275,11 @@ def print_tables(found, best, tried, args):
 
     for name in found:
         label, rate = ("before", "") if name == "before" else (VARIANTS[name].label, f"{best[name]:g}")
-        cells = [label, rate, *(interval(mean(name, figure)) for figure in columns.values())]
-        difference = ""
-        if name not in ("before", "prior") and "prior" in found:
-            difference = interval(np.subtract(mean(name, columns["unrelated"]), mean("prior", columns["unrelated"])[: len(found[name])]))
-        print(f"| {' | '.join([*cells, difference])} |")
+        cells = [label, rate, *(interval(mean(name, figure), DIGITS.get(column, 1)) for column, figure in columns.items())]
+        for column in differences:  # paired over the training seeds
+            ours = mean("prior", columns[column])[: len(found[name])]
+            cells.append("" if name in ("before", "prior") else interval(np.subtract(mean(name, columns[column]), ours)))
+        print(f"| {' | '.join(cells)} |")
     print("\nconcept right / unrelated right, per cent, mean over the training seeds\n")
     print(f"| | {' | '.join(args.concepts)} |" + "\n|---" + "|---" * len(args.concepts) + "|")
     for name, seeds in found.items():
@@ -282,7 +287,7 @@ def print_tables(found, best, tried, args):
         cells = [" / ".join(f"{np.mean([columns[c](seed[concept]) for seed in seeds]):.0f}" for c in ("concept", "unrelated")) for concept in args.concepts]
         print(f"| {label} | {' | '.join(cells)} |")
     print(f"\nThe search, training seed 0: learning rate: {', '.join(args.searched)}\n\n| | |\n|---|---|")
-    for name in best.keys() & METHODS.keys():
+    for name in (name for name in best if name in METHODS):
         cells = [f"{rate:g}: " + ", ".join(shown(p[c]) for c in args.searched) for (n, rate), p in sorted(tried.items()) if n == name]
         print(f"| {METHODS[name].label} | {'; '.join(cells)} |")
 
