@@ -2009,6 +2009,8 @@ def check_inputs(args):
         "references": sum(map(len, dataset["reference_hashes"][:])), "prior prompts": len(prior_prompts),
     }  # fmt: skip
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
+    if len(dataset) > 1 and len({caption for own in captions for caption in own}) == 1:
+        logger.info("All images have the same caption. Captions that say what else each image shows teach more: see README.md.")
     check_contexts(family, args, dataset, pairs)
     cache = ContextCache(family, args)
     identity = identity_of(args, dataset, cache)

@@ -131,15 +131,15 @@ def test_dataset_of_images_alone(read, images, tmp_path):
     assert read(instance_data_dir=None, dataset_name=tmp_path / "data", instance_prompt="a thing") == [["a thing"]] * 2
 
 
-@pytest.mark.parametrize("form", ["texts", "metadata"])
+@pytest.mark.parametrize("form", ["texts", "metadata", "one caption"])
 def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form):
     """Whoever sees 3 images where there are 5 finds the mistake before the training, and not after it."""
     folder = save_images(tmp_path / "images")
     (folder / "sub").mkdir()
     for name in ("e.gif", "sub/f.png", ".hidden.png"):
         draw("ellipse", "blue").save(folder / name)
-    if form == "metadata":
-        rows = [{"file_name": name, "text": ["x", "y"]} for name in ("a.png", "sub/f.png")]
+    if form != "texts":
+        rows = [{"file_name": name, "text": ["x", "y"][: 2 if form == "metadata" else 1]} for name in ("a.png", "sub/f.png")]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "prior.txt").write_text("a\nb\nc\n")
     caplog.set_level("INFO", script.__name__)
@@ -149,8 +149,10 @@ def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form
         assert "Training on 4 images, 1 picture sizes, 5 captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 2 files (e.gif, sub/f.png)." in told
     else:
-        assert "Training on 2 images, 1 picture sizes, 4 captions, 3 prior prompts." in told
+        count = 4 if form == "metadata" else 2
+        assert f"Training on 2 images, 1 picture sizes, {count} captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 8 files (a.txt, b.png, b.txt, c.png, c.txt, ..)." in told
+    assert ("same caption" in told) == (form == "one caption")
 
 
 def decode(path):
