@@ -1261,6 +1261,91 @@ class Training:
     warned: set = dataclasses.field(default_factory=set)
     history: list = dataclasses.field(default_factory=list)
 
+    def write(self, folder):
+        """Writes networks and the states of optimiser and gradient scaler into a checkpoint's folder."""
+        self.prepare(folder)
+        for network, tensors in self.networks.items():
+            save_weights(tensors, folder / network)
+        if self.accelerator.is_main_process:
+            torch.save({"optimizer": self.optimizer.optimizer.state_dict(), **self.scaler_state()}, folder / OPTIMIZER_NAME)
+
+    def scaler_state(self):
+        return {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
+
+    def read(self, folder):
+        """Loads what `write` wrote. Nothing in it can run code."""
+        for network, tensors in self.networks.items():
+            load_weights(tensors, folder / network)
+        self.load_states(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+
+    def load_states(self, saved):
+        self.optimizer.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+class ShardedTraining(Training):
+    """With FSDP, all processes write their shards of student, teacher and optimiser at once, as safetensors, which any number of
+    processes reads. States of 8 bits, whose blocks cannot be split anew, stay in a file of their process."""
+
+    @property
+    def own_states(self):
+        return not isinstance(self.optimizer.optimizer, torch.optim.AdamW)
+
+    def optimizer_path(self, folder):
+        return folder / (f"optimizer-{self.accelerator.process_index}.bin" if self.own_states else OPTIMIZER_NAME)
+
+    def shards(self):
+        """Name -> shard of the tensors of student and teacher."""
+        return {f"{network}.{name}": tensor for network, tensors in self.networks.items() for name, tensor in tensors.items()}
+
+    def write(self, folder):
+        self.prepare(folder)
+        shards, state = self.shards(), self.optimizer.optimizer.state_dict()
+        state["state"] = {index: dict(values) for index, values in state["state"].items()}
+        for index, values in state["state"].items():
+            for name, tensor in values.items():
+                if isinstance(tensor, DTensor):  # None: it is in the shards
+                    shards |= {} if self.own_states else {f"optimizer.{index}.{name}": tensor}
+                    values[name] = tensor.to_local() if self.own_states else None
+        save_shards(shards, folder / SHARDS_NAME)
+        if self.accelerator.is_main_process or self.own_states:
+            torch.save({"optimizer": state, **self.scaler_state()}, self.optimizer_path(folder))
+
+    def read(self, folder):
+        shards, parameters = self.shards(), [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = torch.load(self.optimizer_path(folder), map_location="cpu", weights_only=True)
+        for (index, values), parameter in zip(saved["optimizer"]["state"].items(), parameters, strict=True):
+            for name, tensor in values.items():
+                if tensor is None:
+                    values[name] = shards[f"optimizer.{index}.{name}"] = torch.empty_like(parameter)
+                elif tensor.shape == parameter.to_local().shape:
+                    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+                    values[name] = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+        with first_failure():
+            distributed_checkpoint.load(shards, storage_reader=distributed_checkpoint.HuggingFaceStorageReader(folder / SHARDS_NAME))
+        self.load_states(saved)
+
+
+@contextlib.contextmanager
+def first_failure():
+    """Within: an error of torch's distributed checkpoints, which is no Exception, becomes that of one of the processes."""
+    try:
+        yield
+    except distributed_checkpoint.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def save_shards(tensors, folder):
+    """Writes name -> DTensor, each process its shards, in safetensors of about 2 GiB: a file is held in memory twice while it is
+    written, and not in pinned memory, which torch would keep."""
+    sizes = np.cumsum([tensor.nbytes / PartialState().num_processes for tensor in tensors.values()])
+    numbers = {name: 1 + int(size // 2**31) for name, size in zip(tensors, sizes)}
+    writer = distributed_checkpoint.HuggingFaceStorageWriter(folder, numbers, save_distributed=True)
+    writer.per_thread_copy_ahead = 0
+    with first_failure():
+        distributed_checkpoint.save(tensors, storage_writer=writer)
+
 
 def list_checkpoints(output_dir):
     """Folders that are named as complete checkpoints, oldest first."""
@@ -1350,7 +1435,7 @@ def identity_of(args, dataset, cache):
 
 
 def shards_of(args):
-    """How a checkpoint is split, for `identity_of`; see `own_states`."""
+    """For `identity_of`: how a checkpoint is split. FSDP's 8-bit states stay in files of their processes."""
     if AcceleratorState().distributed_type != DistributedType.FSDP:
         return 1
     return PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
@@ -1436,26 +1521,6 @@ def prepare_checkpoint(transformer, networks, folder):
             transformer.save_config(folder / network)
 
 
-@contextlib.contextmanager
-def first_failure():
-    """Within: an error of torch's distributed checkpoints, which is no Exception, becomes that of one of the processes."""
-    try:
-        yield
-    except distributed_checkpoint.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-
-
-def save_shards(tensors, folder):
-    """Writes name -> DTensor, each process its shards, in safetensors of about 2 GiB: a file is held in memory twice while it is
-    written, and not in pinned memory, which torch would keep."""
-    sizes = np.cumsum([tensor.nbytes / PartialState().num_processes for tensor in tensors.values()])
-    numbers = {name: 1 + int(size // 2**31) for name, size in zip(tensors, sizes)}
-    writer = distributed_checkpoint.HuggingFaceStorageWriter(folder, numbers, save_distributed=True)
-    writer.per_thread_copy_ahead = 0
-    with first_failure():
-        distributed_checkpoint.save(tensors, storage_writer=writer)
-
-
 def save_checkpoint(training, args, step):
     """Writes checkpoint-STEP aside, renames it when all of it is on the disk, and only then removes the oldest beyond the limit."""
     folder, accelerator = Path(args.output_dir), training.accelerator
@@ -1465,17 +1530,7 @@ def save_checkpoint(training, args, step):
             shutil.rmtree(left)
         aside.mkdir()
     accelerator.wait_for_everyone()
-    training.prepare(aside)
-    state, shards = optimizer_state(training)
-    if accelerator.is_fsdp2:  # all processes write at once; what they read needs no pickle
-        save_shards(shards | network_shards(training), aside / SHARDS_NAME)
-    else:
-        for network, tensors in training.networks.items():
-            save_weights(tensors, aside / network)
-    path = optimizer_file(aside, training)
-    if accelerator.is_main_process or path.name != OPTIMIZER_NAME:
-        with path.open("wb") as file:
-            torch.save(state, file)
+    training.write(aside)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {p.relative_to(aside).as_posix(): write_through(p) for p in sorted(aside.rglob("*")) if p.is_file()}
@@ -1494,55 +1549,8 @@ def save_checkpoint(training, args, step):
     accelerator.wait_for_everyone()
 
 
-def own_states(training):
-    """Whether each process keeps its part of the optimiser's states: 8-bit blocks cannot be split anew."""
-    return training.accelerator.is_fsdp2 and not isinstance(training.optimizer.optimizer, torch.optim.AdamW)
-
-
-def optimizer_file(checkpoint, training):
-    """The file for what is not in shards of the optimiser's states."""
-    return checkpoint / (f"optimizer-{training.accelerator.process_index}.bin" if own_states(training) else OPTIMIZER_NAME)
-
-
-def optimizer_state(training):
-    """State of optimiser and gradient scaler and, with FSDP, name -> shard of its tensors, which are None in the state."""
-    scaler, state, shards = training.accelerator.scaler, training.optimizer.optimizer.state_dict(), {}
-    if training.accelerator.is_fsdp2:
-        state["state"] = {index: dict(values) for index, values in state["state"].items()}
-        for index, values in state["state"].items():
-            for name, tensor in values.items():
-                if isinstance(tensor, DTensor):
-                    shards |= {} if own_states(training) else {f"optimizer.{index}.{name}": tensor}
-                    values[name] = tensor.to_local() if own_states(training) else None
-    return {"optimizer": state, **({"scaler": scaler.state_dict()} if scaler else {})}, shards
-
-
-def network_shards(training):
-    """Name -> shard of the tensors of student and teacher."""
-    return {f"{network}.{name}": tensor for network, tensors in training.networks.items() for name, tensor in tensors.items()}
-
-
-def load_optimizer_state(training, saved, folder):
-    """Loads what `optimizer_state` gave and, with FSDP, the shards in `folder`, whatever the number of processes was."""
-    optimizer = training.optimizer.optimizer
-    if training.accelerator.is_fsdp2:
-        shards, parameters = network_shards(training), [p for group in optimizer.param_groups for p in group["params"]]
-        for (index, values), parameter in zip(saved["optimizer"]["state"].items(), parameters, strict=True):
-            for name, tensor in values.items():
-                if tensor is None:
-                    values[name] = shards[f"optimizer.{index}.{name}"] = torch.empty_like(parameter)
-                elif tensor.shape == parameter.to_local().shape:
-                    whole = {"shape": parameter.shape, "stride": parameter.stride()}
-                    values[name] = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False, **whole)
-        with first_failure():
-            distributed_checkpoint.load(shards, storage_reader=distributed_checkpoint.HuggingFaceStorageReader(folder))
-    optimizer.load_state_dict(saved["optimizer"])
-    if training.accelerator.scaler:
-        training.accelerator.scaler.load_state_dict(saved["scaler"])
-
-
 def resume(training, state):
-    """Loads a checkpoint, if there is one. Nothing in it can run code. Returns the step to start from.
+    """Loads a checkpoint, if there is one. Returns the step to start from.
 
     Raises:
         InputError: it cannot be loaded, though its checksums are right.
@@ -1551,11 +1559,7 @@ def resume(training, state):
         return 0
     checkpoint = state["path"]
     try:
-        for network, tensors in {} if training.accelerator.is_fsdp2 else training.networks.items():
-            load_weights(tensors, checkpoint / network)
-        path = optimizer_file(checkpoint, training)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        load_optimizer_state(training, saved, checkpoint / SHARDS_NAME)
+        training.read(checkpoint)
         training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
     except Exception as error:  # whatever somebody put there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -2460,7 +2464,8 @@ def main(args):
         pipeline.transformer = accelerator.unwrap_model(transformer)
         networks = {"transformer": pipeline.transformer.state_dict(), **({"teacher": teacher.shadow} if teacher.shadow else {})}
         prepare = functools.partial(prepare_checkpoint, pipeline.transformer, networks)
-        training = Training(accelerator, transformer, teacher, optimizer, lr_scheduler, networks, identity, prepare)
+        kind = ShardedTraining if accelerator.is_fsdp2 else Training
+        training = kind(accelerator, transformer, teacher, optimizer, lr_scheduler, networks, identity, prepare)
         first_step = resume(training, state)
         teacher.resume(first_step)
         report_disk(training, args, first_step)

@@ -345,7 +345,7 @@ def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_any.module, "optimizer_state", killed)
+        patch.setattr(train_any.module.torch, "save", killed)
         train_any(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
     assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == [".checkpoint-3.tmp", "checkpoint-2"]
     (tmp_path / ".checkpoint-3.tmp" / "left_over.safetensors").touch()
