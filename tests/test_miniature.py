@@ -173,8 +173,8 @@ def test_comparison_reports_the_best_rate_and_its_training_seeds(monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["compare.py", "--methods", "prior", "sft"])
     compare.main()
     printed = capsys.readouterr().out
-    assert "| D-OPSD with prior prompts | 0.001 | 70.0 ± 24.8 | 90.0 ± 0.0 | 1.0 ± 0.0 |" in printed
-    assert re.search(r"\| SFT \| 9e-06 \| 30.0 ± 0.0 .* \| 0.0 ± 0.0 \|\n", printed)
+    assert "| D-OPSD with prior prompts | 0.001 | 70.0 ± 24.8 | 90.0 ± 0.0 | 1.00 ± 0.00 |" in printed
+    assert re.search(r"\| SFT \| 9e-06 \| 30.0 ± 0.0 .* \| -40.0 ± 24.8 \| 0.0 ± 0.0 \|\n", printed)
 
 
 @pytest.mark.parametrize("name", [name for name, variant in compare.VARIANTS.items() if variant.stand_in or variant.folder])
