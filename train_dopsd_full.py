@@ -382,6 +382,8 @@ def with_config(parser, words):
         flag = parser._option_string_actions.get(f"--{name}")
         if flag is None or name in ("config", "help"):
             parser.error(f"--config {config}: there is no flag --{name}")
+        if str(value).startswith(".../") and not any(word.partition("=")[0] == f"--{name}" for word in words):  # see `public_settings`
+            parser.error(f"--config {config}: the path {value} was shortened; give --{name}")
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:

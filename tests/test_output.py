@@ -209,8 +209,17 @@ def test_settings_of_the_run_are_kept(trained, base):
 def test_settings_of_a_run_make_the_same_run(trained):
     """Who shares a run by its settings gets another run."""
     settings = json.loads((trained / "dopsd_settings.json").read_text())
-    again = script.parse_args(["--config", str(trained / "dopsd_settings.json"), "--rank", "7"])
-    assert vars(again) == settings | {"rank": 7}
+    paths = {name: f"new/{name}" for name, value in settings.items() if str(value).startswith(".../")}
+    words = ["--config", str(trained / "dopsd_settings.json"), "--rank", "7", *(w for n, v in paths.items() for w in (f"--{n}", v))]
+    assert vars(script.parse_args(words)) == settings | paths | {"rank": 7}
+
+
+def test_shortened_path_in_a_config_is_asked_for(trained, capsys):
+    """The result would land in a new folder named `...`, or the contexts be encoded anew there."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--config", str(trained / "dopsd_settings.json"), "--instance_data_dir=images"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config") and "was shortened; give --" in error and "--instance_data_dir" not in error
 
 
 def test_no_is_no_in_a_config_file(tmp_path):
