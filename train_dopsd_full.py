@@ -64,104 +64,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
-# what libraries say that means nothing to a user: logger -> beginning of the message
-for name, beginning in {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
-    "torchao": "Failed to load ",
-    "torch.utils._pytree": "%s is an Enum subclass",
-    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
-    "diffusers.models.modeling_utils": "There are modules in",
-}.items():
-    logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
-
-import diffusers
-import numpy as np
-import psutil
-import torch
-import transformers
-import xxhash
 import yaml
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    fsdp2_prepare_model,
-    gather_object,
-    set_seed,
-)
-from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
-from datasets import Image as ImageFeature
-from datasets import List as ListFeature
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.normalization import RMSNorm
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import (
-    find_nearest_bucket,
-    free_memory,
-    generate_aspect_ratio_buckets,
-)
-from diffusers.utils import check_min_version, is_torchao_available
-from filelock import FileLock, Timeout
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    create_commit,
-    create_repo,
-    get_session,
-    hf_hub_download,
-    is_offline_mode,
-    model_info,
-    save_torch_state_dict,
-    set_client_factory,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers.optimization import Adafactor
-
-import pipeline_dopsd
-from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of
 
 
-# Raises if the minimal version of diffusers is not installed.
-check_min_version("0.42.0")
-
-logger = logging.getLogger(__name__)
-
-METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-SETTINGS_NAME = "dopsd_settings.json"
-STATE_NAME = "dopsd_state.json"
-OPTIMIZER_NAME = "optimizer.bin"
-SHARDS_NAME = "shards"
-REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-# flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and savings of
-# memory that change no result
-MAY_CHANGE = {
-    "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
-    "image_column", "caption_column", "reference_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
-    "prior_prompts", "context_cache_dir", "output_dir",
-    "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
-    "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
-    "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
-}  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------- arguments
+QUANTIZATIONS = ["nf4", "int8", "fp8"]
+SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+# those of diffusers with a backward, and without code from the Hub
+ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
+                      "xformers"]  # fmt: skip
 # when flags would have no effect: in words, as a function of the arguments, and which flags
 IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
@@ -183,24 +94,8 @@ IDLE_FLAGS = [
     # of the full script
     ("without --ema_device cpu", lambda a: getattr(a, "ema_device", None) != "cpu", ["ema_refresh_steps"]),
 ]
-MIRRORED = " mirrored"
-NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
-QUANTIZATIONS = ["nf4", "int8", "fp8"]
-# those of diffusers with a backward, and without code from the Hub
-ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
-                      "xformers"]  # fmt: skip
-UMASK = os.umask(0)  # it is only read by setting it
-os.umask(UMASK)
-HEADINGS = ["student", "teacher", "training image"]  # of validation pictures
-LOGGING_SECONDS = 5  # steps are logged together, at least so often
-ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
 
-class InputError(ValueError):
-    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
-
-
-# ---------------------------------------------------------------------------------------------------------- arguments
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except of switches and of what is found out later."""
 
@@ -238,7 +133,6 @@ COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(floa
 
 
 def add_shared_arguments(parser):
-    schedulers = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
     add("--revision", help="Revision of the base on the Hub.")
@@ -276,7 +170,7 @@ def add_shared_arguments(parser):
     add("--max_train_steps", type=COUNT, default=1000, help="Optimisation steps.")
     add("--num_train_epochs", type=COUNT, help="In place of --max_train_steps: how often each image is drawn.")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="Peak learning rate; 1 for prodigy.")
-    add("--lr_scheduler", default="constant", choices=schedulers, help="Learning rate over the steps.")
+    add("--lr_scheduler", default="constant", choices=SCHEDULERS, help="Learning rate over the steps.")
     add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps of warm-up, over which the learning rate rises from zero.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
@@ -400,6 +294,120 @@ def parse_args(input_args=None):
     check_arguments(parser, args)
     check_full_arguments(parser, args)
     return args
+
+
+# before the imports below, which take seconds
+ARGS = parse_args() if __name__ == "__main__" else None
+
+
+# ---------------------------------------------------------------------------------------------------------- libraries
+# what libraries say that means nothing to a user: logger -> beginning of the message
+for name, beginning in {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "diffusers.models.modeling_utils": "There are modules in",
+}.items():
+    logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+import transformers
+import xxhash
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    fsdp2_prepare_model,
+    gather_object,
+    set_seed,
+)
+from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
+from datasets import Image as ImageFeature
+from datasets import List as ListFeature
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.normalization import RMSNorm
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import (
+    find_nearest_bucket,
+    free_memory,
+    generate_aspect_ratio_buckets,
+)
+from diffusers.utils import check_min_version, is_torchao_available
+from filelock import FileLock, Timeout
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    create_commit,
+    create_repo,
+    get_session,
+    hf_hub_download,
+    is_offline_mode,
+    model_info,
+    save_torch_state_dict,
+    set_client_factory,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
+
+import pipeline_dopsd
+from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of
+
+
+# Raises if the minimal version of diffusers is not installed.
+check_min_version("0.42.0")
+
+logger = logging.getLogger(__name__)
+
+METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SETTINGS_NAME = "dopsd_settings.json"
+STATE_NAME = "dopsd_state.json"
+OPTIMIZER_NAME = "optimizer.bin"
+SHARDS_NAME = "shards"
+REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
+# flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and savings of
+# memory that change no result
+MAY_CHANGE = {
+    "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
+    "image_column", "caption_column", "reference_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
+    "prior_prompts", "context_cache_dir", "output_dir",
+    "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
+    "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
+    "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
+}  # fmt: skip
+MIRRORED = " mirrored"
+NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
+UMASK = os.umask(0)  # it is only read by setting it
+os.umask(UMASK)
+HEADINGS = ["student", "teacher", "training image"]  # of validation pictures
+LOGGING_SECONDS = 5  # steps are logged together, at least so often
+ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
+
+
+class InputError(ValueError):
+    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -2482,14 +2490,14 @@ def main(args):
         lock.release()
 
 
-def run(main, parse_args, input_args=None):
-    """Runs a script with its command line; a mistake of the user ends it with one line and exit code 1."""
+def run(main, args):
+    """Runs a script; a mistake of the user ends it with one line and exit code 1."""
     try:
-        main(parse_args(input_args))
+        main(args)
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
     STOP.listen()
-    run(main, parse_args)
+    run(main, ARGS)

@@ -1020,4 +1020,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    dopsd.run(main, parse_args)
+    dopsd.run(main, parse_args())

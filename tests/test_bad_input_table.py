@@ -377,7 +377,7 @@ def error_of(tmp_path, monkeypatch, capfd):
         started = time.monotonic()
         with pytest.raises(SystemExit) as caught:
             output_dir = changes.pop("output_dir", output)
-            trainer.module.run(trainer.module.main, trainer.module.parse_args, trainer.flags(output_dir, *switches, **changes))
+            trainer.module.run(trainer.module.main, trainer.module.parse_args(trainer.flags(output_dir, *switches, **changes)))
         assert time.monotonic() - started < 10
         printed, exit_code = capfd.readouterr().err, caught.value.code
         if isinstance(exit_code, str):  # the interpreter prints it and exits with 1

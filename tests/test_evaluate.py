@@ -287,7 +287,7 @@ def test_mistake_of_flags_is_one_line(tmp_path):
     """As in the training scripts: no traceback."""
     words = ["report", "--output_dir", tmp_path, "--instance_data_dir", tmp_path, "--pretrained_model_name_or_path", "x", "--mixed_precision", "no"]
     with pytest.raises(SystemExit, match=f"^error: --output_dir {tmp_path} holds no result"):
-        script.run(instruments.main, instruments.parse_args, list(map(str, words)))
+        script.run(instruments.main, instruments.parse_args(list(map(str, words))))
 
 
 def test_models_of_the_hub_are_found_without_torchvision(reported, encoders, base, images, tmp_path):

@@ -3,9 +3,11 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 
 import pytest
+from diffusers.optimization import SchedulerType
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -96,6 +98,20 @@ def test_bounds_can_be_met_together(path):
             if ours and not needed.marker:
                 for other in (s.version for s in needed.specifier if s.operator == ">="):
                     assert Version(ours) >= Version(other), f"{name} asks for {needed}, the header for {ours}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(("words", "code", "answer"), [("--help", 0, "usage: "), ("--rank 0", 2, "error: ")])
+def test_mistakes_in_flags_are_told_before_the_imports(path, words, code, answer):
+    """A user would wait ten seconds for a word about a misspelt flag."""
+    code_of_run = f"import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {words.split()}; runpy.run_path({str(path)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code_of_run], capture_output=True, text=True)
+    assert done.returncode == code and (done.stdout + done.stderr).startswith(answer)
+
+
+def test_schedulers_are_those_of_diffusers():
+    """A scheduler that diffusers lacks would end a run after minutes of loading."""
+    assert set(train_dopsd_lora.SCHEDULERS) == {s.value for s in SchedulerType} - {"piecewise_constant"}
 
 
 def test_configs_name_no_folder_of_a_machine():
