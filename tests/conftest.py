@@ -2,11 +2,14 @@
 
 import functools
 import inspect
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +227,47 @@ def guarded_environment(folder, hub=None):
 def subprocess_env():
     """Environment of a new process: one thread, the folder of the scripts not on its path."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def run_script(path, words, errors):
+    """What a `ForkedScript` does: as `python path words`, in a process group of its own, with its errors in a file."""
+    os.setsid()
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv[:] = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+
+
+class ForkedScript:
+    """A script in a process that is forked where all packages are imported; it is used as subprocess.Popen is."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, path, words, errors):
+        self.context.set_forkserver_preload(["conftest"])
+        self.errors, self.process = errors, self.context.Process(target=run_script, args=(path, words, errors))
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # for the server, which starts with the first
+            self.process.start()
+        self.pid = self.process.pid
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("", timeout)
+        return self.returncode
+
+    def communicate(self, timeout):
+        self.wait(timeout)
+        return None, Path(self.errors).read_text()
 
 
 def run_processes(command, environment, count=2):

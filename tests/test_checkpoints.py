@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, WEIGHTS, save_images
+from conftest import LORA, ROOT, WEIGHTS, ForkedScript, save_images
 
 
 STATE = "dopsd_state.json"
@@ -487,6 +487,20 @@ def start(subprocess_env):
         process.kill()
 
 
+@pytest.fixture
+def start_script(tmp_path):
+    """Starts a script without the seconds of its imports."""
+    started = []
+
+    def run(path, *words):
+        started.append(ForkedScript(path, words, str(tmp_path / f"errors-{len(started)}")))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+
+
 def wait_for(condition, seconds=120):
     end = time.time() + seconds
     while not condition():
@@ -494,33 +508,48 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-LAUNCHERS = {"script": [], "launcher": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]}
+LAUNCHER = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
+SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_signal_ends_a_run_with_a_checkpoint(train_any, start, tmp_path, name, launcher):
-    """A shut-down, Ctrl-C or a closed terminal costs the step at hand at most, and no orphan goes on."""
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal_ends_a_run_with_a_checkpoint(train_any, start_script, tmp_path, name):
+    """A shut-down, Ctrl-C or a closed terminal costs the step at hand at most."""
     number = getattr(signal, name)
     flags = train_any.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
-    process = start(sys.executable, *LAUNCHERS[launcher], train_any.module.__file__, *flags)
+    process = start_script(train_any.module.__file__, *flags)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, errors[-2000:]
+    assert "Traceback" not in errors
+    goes_on_from_a_signal(train_any, tmp_path, errors, name == "SIGTERM")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal_ends_a_launched_run_with_a_checkpoint(train, start, tmp_path, name):
+    """The same through `accelerate launch`, and no orphan goes on."""
+    flags = train.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
+    process = start(sys.executable, *LAUNCHER, train.module.__file__, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
     # a terminal sends Ctrl-C and its end to launcher and script alike, a service its SIGTERM to the launcher alone
-    process.send_signal(number) if launcher == "script" or name == "SIGTERM" else os.killpg(process.pid, number)
+    process.send_signal(signal.SIGTERM) if name == "SIGTERM" else os.killpg(process.pid, getattr(signal, name))
     errors = process.communicate(timeout=60)[1]
-    if launcher == "script":
-        assert process.returncode == 128 + number, errors[-2000:]
-        assert "Traceback" not in errors
     wait_for(lambda: no_process_in(tmp_path / "out"))
-    newest = script.list_checkpoints(tmp_path / "out")[-1]
+    goes_on_from_a_signal(train, tmp_path, errors)
+
+
+def goes_on_from_a_signal(trainer, folder, errors, compare=False):
+    """A run in `folder`/out that a signal has ended is whole, and is gone on with; it is compared with an uninterrupted one."""
+    newest = script.list_checkpoints(folder / "out")[-1]
     state = script.read_state(newest)
     assert state["step"] >= 3 and f"Stopped at step {state['step']}" in errors and "--resume_from_checkpoint latest" in errors
     done = state["step"] + 1
-    resumed = train_any(tmp_path / "out", max_train_steps=done, resume_from_checkpoint="latest", checkpoints_total_limit=2)
+    resumed = trainer(folder / "out", max_train_steps=done, resume_from_checkpoint="latest", checkpoints_total_limit=2)
     assert script.read_state(resumed / f"checkpoint-{done}")["step"] == done
-    if launcher == "script" and name == "SIGTERM":
-        whole = train_any(tmp_path / "whole", max_train_steps=done)
-        assert_same(whole / train_any.result, resumed / train_any.result)
+    if compare:
+        whole = trainer(folder / "whole", max_train_steps=done)
+        assert_same(whole / trainer.result, resumed / trainer.result)
 
 
 def no_process_in(folder):
@@ -552,10 +581,10 @@ runpy.run_path({train.module.__file__!r}, run_name="__main__")
     return make
 
 
-def test_second_signal_ends_at_once(train, start, slow_script, tmp_path):
+def test_second_signal_ends_at_once(train, start_script, slow_script, tmp_path):
     """Whoever presses Ctrl-C twice does not want to wait."""
     flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
-    process = start(sys.executable, slow_script(4), *flags)
+    process = start_script(slow_script(4), *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-1").exists())
     for _ in range(2):
         process.send_signal(signal.SIGINT)
@@ -567,7 +596,7 @@ def test_second_signal_ends_at_once(train, start, slow_script, tmp_path):
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20_000 + os.getpid() % 20_000)]
 
 
-@pytest.mark.parametrize("launcher", [LAUNCHERS["launcher"], TORCHRUN], ids=["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", [LAUNCHER, TORCHRUN], ids=["accelerate", "torchrun"])
 def test_ctrl_c_in_a_terminal_is_one_signal(train, start, slow_script, tmp_path, launcher):
     """Launcher and script have it at once; one launcher dies before the step is done, the other passes the signal on."""
     flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
@@ -593,27 +622,27 @@ def test_processes_agree_on_the_step_of_a_signal(train, start, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------------- kills
-def kill_and_resume(trainer, folder, start, rng, kills, steps):
+def kill_and_resume(trainer, folder, start_script, rng, kills, steps):
     """Kills runs of `trainer` in `folder` at random moments, `kills` times, then lets the last one end."""
     flags = trainer.flags(folder / "out", max_train_steps=steps, checkpointing_steps=2, resume_from_checkpoint="latest",
                           checkpoints_total_limit=2, context_cache_dir=folder / "contexts")  # fmt: skip
     for _ in range(kills):
-        process = start(sys.executable, trainer.module.__file__, *flags)
+        process = start_script(trainer.module.__file__, *flags)
         try:
-            process.wait(timeout=rng.uniform(4, 14))
+            process.wait(timeout=rng.uniform(0.5, 6))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    process = start(sys.executable, trainer.module.__file__, *flags)
+            process.kill()
+            process.wait(timeout=10)
+    process = start_script(trainer.module.__file__, *flags)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-2000:]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param({LORA: 30}, marks=pytest.mark.slow, id="many")])
-def test_killed_runs_end_as_if_they_had_not_been(train_any, start, tmp_path, kills):
+def test_killed_runs_end_as_if_they_had_not_been(train_any, start_script, tmp_path, kills):
     """A power cut at any moment costs the steps since the last checkpoint, and nothing else."""
     kills, steps = (2, 60) if kills == 2 else (kills.get(train_any.result, 10), 300)
-    kill_and_resume(train_any, tmp_path, start, random.Random(0), kills, steps)
+    kill_and_resume(train_any, tmp_path, start_script, random.Random(0), kills, steps)
     whole = train_any(tmp_path / "whole", max_train_steps=steps, checkpointing_steps=100)
     for place in (".", f"checkpoint-{steps}"):
         assert_same(tmp_path / "out" / place / train_any.result, whole / place / train_any.result)
