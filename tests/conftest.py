@@ -229,10 +229,11 @@ def subprocess_env():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
-def run_script(path, words, errors):
+def run_script(path, words, errors, environment):
     """What a `ForkedScript` does: as `python path words`, in a process group of its own, with its errors in a file."""
     os.setsid()
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(environment)
     sys.argv[:] = [path, *words]
     runpy.run_path(path, run_name="__main__")
 
@@ -242,9 +243,9 @@ class ForkedScript:
 
     context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, path, words, errors):
+    def __init__(self, path, words, errors, **environment):
         self.context.set_forkserver_preload(["conftest"])
-        self.errors, self.process = errors, self.context.Process(target=run_script, args=(path, words, errors))
+        self.errors, self.process = errors, self.context.Process(target=run_script, args=(path, words, errors, environment))
         with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # for the server, which starts with the first
             self.process.start()
         self.pid = self.process.pid
@@ -270,14 +271,21 @@ class ForkedScript:
         return None, Path(self.errors).read_text()
 
 
-def run_processes(command, environment, count=2):
-    """Runs a script with its flags in several processes, as `accelerate launch` would on as many GPUs."""
+def run_processes(command, folder, count=2, **environment):
+    """Runs a script with its flags in several processes, as torchrun would on as many GPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), *address]
-    result = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+    path, *words = command
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    processes = [ForkedScript(path, words, str(folder / f"errors-of-{n}"), **environment, **own) for n, own in enumerate(ranks)]
+    try:
+        for process in processes:
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture

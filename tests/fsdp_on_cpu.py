@@ -21,6 +21,7 @@ def main():
     torch.distributed.barrier = lambda *args, **kwargs: barrier()  # gloo knows no device_ids
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    torch.compiler.set_stance("force_eager")  # torchao compiles its optimiser
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -141,22 +141,20 @@ def accelerate_environment(name):
     config = yaml.safe_load((ROOT / "examples" / "accelerate" / name).read_text())
     settings = {n.upper(): str(v).lower() for n, v in config["fsdp_config"].items()}
     settings |= {n: settings[n].upper() for n in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
-    return {"ACCELERATE_USE_FSDP": "true", **settings}
+    return {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "false", **settings}
 
 
-def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch, subprocess_env):
+def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch):
     """Student, teacher and optimiser in shards, interrupted and resumed with another number of processes: the weights of one
     process with the whole batch."""
     changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
     with monkeypatch.context() as patch:  # with FSDP, the images of all processes end at the same state
         patch.setattr(script, "places_in_run", lambda step, *_: [step] * 2)
         one = train_full(tmp_path / "one", max_train_steps=4, train_batch_size=2, **changes)
-    environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml")}
-    environment.pop("ACCELERATE_USE_CPU", None)
     for steps, processes in ((2, 2), (3, 1), (4, 2)):
         flags = {"max_train_steps": steps, "train_batch_size": 2 // processes, "resume_from_checkpoint": "latest", **changes}
         command = [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *train_full.flags(tmp_path / "two", **flags)]
-        run_processes(command, environment, processes)
+        run_processes(command, tmp_path, processes, **accelerate_environment("fsdp2.yaml"))
     two, ours = tmp_path / "two", weights_of(one)
     assert max((weight - ours[n]).abs().max() for n, weight in joined_shards(two / "checkpoint-3").items()) > 1e-4
     for theirs in (weights_of(two), joined_shards(two / "checkpoint-4")):
@@ -166,15 +164,13 @@ def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch, subprocess_e
         train_full(tmp_path / "two", max_train_steps=5, train_batch_size=2, resume_from_checkpoint="latest", **changes)
 
 
-def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path, subprocess_env):
+def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path):
     """bitsandbytes' crashes at the first update, after hours of encoding; torchao's trains and resumes exactly."""
     save_z_image(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
     changes = {"optimizer": "adamw8bit", "rollout_steps": 1, "pretrained_model_name_or_path": tmp_path / "base"}
-    environment = {**subprocess_env, **accelerate_environment("fsdp2.yaml"), "TORCHDYNAMO_DISABLE": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)
     for folder in ("whole", "part"):
         flags = train_full.flags(tmp_path / folder, max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest", **changes)
-        run_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], environment)
+        run_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], tmp_path, **accelerate_environment("fsdp2.yaml"))
         if folder == "whole":
             shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     whole, part, before = weights_of(tmp_path / "whole"), weights_of(tmp_path / "part"), joined_shards(tmp_path / "part" / "checkpoint-2")

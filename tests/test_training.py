@@ -317,11 +317,11 @@ def test_unused_vae_does_not_change_the_training(train_any, tmp_path):
     assert_equal(with_vae / "checkpoint-2", without / "checkpoint-2")
 
 
-def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subprocess_env):
+def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path):
     """Without the average over processes, or with the same data in both, a second GPU would be for nothing."""
     changes = {"max_train_steps": 3, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     one = train_any(tmp_path / "one", train_batch_size=2, checkpointing_steps=1, checkpoints_total_limit=3, **changes)
-    run_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], subprocess_env)
+    run_processes([train_any.module.__file__, *train_any.flags(tmp_path / "two", **changes)], tmp_path)
     ours, theirs = load_file(one / train_any.result), load_file(tmp_path / "two" / train_any.result)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -330,10 +330,10 @@ def test_two_processes_equal_one_with_twice_the_batch(train_any, tmp_path, subpr
     assert max((first[n] - last[n]).abs().max() for n in first if n.startswith(train_any.student)) > 1e-4
 
 
-def test_two_processes_share_a_quantised_base(train, tmp_path, subprocess_env):
+def test_two_processes_share_a_quantised_base(train, tmp_path):
     """Packed weights cannot be sent to the other process; they are read from the same files."""
     changes = {"max_train_steps": 1, "quantization": "int8", "mixed_precision": "bf16"}
-    run_processes([train.module.__file__, *train.flags(tmp_path, "--gradient_checkpointing", **changes)], subprocess_env)
+    run_processes([train.module.__file__, *train.flags(tmp_path, "--gradient_checkpointing", **changes)], tmp_path)
     assert all((w != 0).any() for name, w in load_file(tmp_path / LORA).items() if "lora_B" in name)
 
 
