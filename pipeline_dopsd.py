@@ -48,12 +48,14 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import (
     calculate_shift,
     get_default_z_image_sigmas,
     retrieve_timesteps,
 )
+from PIL import Image
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -256,6 +258,8 @@ class MultimodalEncoder:
         padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
         inputs |= self.tokenizer(chats, return_tensors="pt", padding_side="right", **padding)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.config.image_token_id).long()
+        # counted without the mask: positions go on through the padding, as the text encoder's do, where they would be 0
+        inputs["position_ids"], _ = self.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw"))
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         lengths = [pad_to or int(length) for length in inputs["attention_mask"].sum(dim=1)]
         layers = self.model(**inputs, output_hidden_states=True).hidden_states
@@ -334,6 +338,8 @@ class DOPSDMixin:
     # what is read of the VLM
     vlm_files = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
     distilled_unless_said = True
+    # to be raised when `encode_student` or `encode_teacher` give others: stored contexts are then encoded anew
+    encoding_version = 1
     multimodal_encoder: MultimodalEncoder | None = None
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **kwargs):
@@ -659,6 +665,12 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         embeds = [torch.cat([hidden[k] for k in layers], dim=-1) for hidden in states]
         return [{"prompt_embeds": e, **self.encode_references(own)} for e, own in zip(embeds, references, strict=True)]
 
+    @staticmethod
+    @functools.cache
+    def check_reference(width: int, height: int):
+        """Raises ValueError for a size of images that the stock pipeline does not take as references."""
+        Flux2ImageProcessor.check_image_input(Image.new("1", (width, height)))
+
     def encode_references(self, images: list) -> dict[str, torch.Tensor]:
         """Normalised latents (C, h, w) of each PIL image, resized as the stock pipeline does."""
         latents, multiple = {}, self.vae_scale_factor * 2
@@ -905,11 +917,12 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
         transformer: ZImageTransformer2DModel = None,
         num_inference_steps: int = 8,
         base_model: str = None,
+        base_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DiffusionPipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
+        base = DiffusionPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         DOPSDZImagePipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
 
 
 class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
@@ -929,12 +942,13 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         text_encoder_out_layers: list = DOPSDFlux2KleinPipeline.stock_layers,
         max_sequence_length: int = DOPSDFlux2KleinPipeline.stock_length,
         base_model: str = None,
+        base_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
+        base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps, **base.encoding}
         DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
-        self.register_to_config(base_model=base_model, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
 
 
 class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
@@ -954,12 +968,13 @@ class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
         patch_size: int = 2,
         num_inference_steps: int = 8,
         base_model: str = None,
+        base_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DOPSDKrea2Pipeline.from_pretrained(base_model, dtype=getattr(torch, base_dtype))
+        base = DOPSDKrea2Pipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
         DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
 
 
 # Base pipeline class, as a model_index.json names it -> family
@@ -988,12 +1003,15 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
     return family
 
 
-def repository_config(pipeline: DOPSDMixin, base_model: str, num_inference_steps: int, base_dtype: str) -> dict:
+def repository_config(
+    pipeline: DOPSDMixin, base_model: str, base_revision: str | None, num_inference_steps: int, base_dtype: str
+) -> dict:
     """model_index.json of a LoRA repository, for way (b)."""
     repository_class = type(pipeline).__name__.replace("Pipeline", "Repository")
     return {
         "_class_name": ["pipeline_dopsd", repository_class],
         "base_model": base_model,
+        "base_revision": base_revision,
         "base_dtype": base_dtype,
         "num_inference_steps": num_inference_steps,
     }

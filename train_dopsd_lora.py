@@ -80,7 +80,7 @@ IDLE_FLAGS = [
     ("without metadata.jsonl or metadata.csv", lambda a: os.path.isdir(a.instance_data_dir or "") and not any(
         Path(a.instance_data_dir).glob("metadata.*")), ["image_column", "caption_column", "reference_column"]),
     ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
-    ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images", "enable_vae_tiling"]),
+    ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images"]),
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
     ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
     ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
@@ -246,12 +246,13 @@ def check_arguments(parser, args):
 
 
 def with_config(parser, words):
-    """The words of a command line, behind those that its --config file stands for."""
+    """The words of a command line, behind those that its --config file stands for; what these make idle in the file is left out."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config, given = first.parse_known_args(words)[0].config, []
+    config, given = first.parse_known_args(words)[0].config, {}
     if not config:
         return words
+    typed = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
     try:
         settings = {**yaml.safe_load(Path(config).read_text("utf-8"))}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -260,13 +261,16 @@ def with_config(parser, words):
         flag = parser._option_string_actions.get(f"--{name}")
         if flag is None or name in ("config", "help"):
             parser.error(f"--config {config}: there is no flag --{name}")
-        if str(value).startswith(".../") and not any(word.partition("=")[0] == f"--{name}" for word in words):  # see `public_settings`
+        if str(value).startswith(".../") and name not in typed:  # see `public_settings`
             parser.error(f"--config {config}: the path {value} was shortened; give --{name}")
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:
-            given += [f"--{name}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
-    return [*given, *words]
+            given[name] = [f"--{name}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+    merged = parser.parse_args([*itertools.chain(*given.values()), *words])
+    alone = argparse.Namespace(**vars(merged) | {name: settings.get(name, parser.get_default(name)) for name in typed})
+    left_out = {name for _, idle, names in IDLE_FLAGS for name in names if idle(merged) and not idle(alone)}
+    return [*itertools.chain(*(own for name, own in given.items() if name not in left_out)), *words]
 
 
 def parse_args(input_args=None):
@@ -703,16 +707,22 @@ def epoch_order(layouts, batch_size, seed, epoch):
     return batches[rng.permutation(len(batches))]
 
 
-def draw_batch(layouts, batch_size, micro_step, process, num_processes, seed):
+def prior_steps(micro_steps, args):
+    """How many of the first `micro_steps` have batches of prior prompts, which are none of images: every --prior_every'th."""
+    return 0 if args.prior_prompts == "none" else micro_steps // args.prior_every
+
+
+def draw_batch(layouts, args, micro_step, process, num_processes):
     """Row indices and a random generator for each image of a process's micro-batch.
 
-    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same.
+    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same. A batch of
+    prior prompts has the picture sizes of the rows that come next.
     """
-    total = batch_size * num_processes
-    epoch, place = divmod(micro_step, len(epoch_order(layouts, total, seed, 0)))
-    rows = epoch_order(layouts, total, seed, epoch)[place]
-    slots = range(process * batch_size, (process + 1) * batch_size)
-    return [(int(rows[slot]), np.random.default_rng([seed, micro_step, slot])) for slot in slots]
+    total = args.train_batch_size * num_processes
+    epoch, place = divmod(micro_step - prior_steps(micro_step, args), len(epoch_order(layouts, total, args.seed, 0)))
+    rows = epoch_order(layouts, total, args.seed, epoch)[place]
+    slots = range(process * args.train_batch_size, (process + 1) * args.train_batch_size)
+    return [(int(rows[slot]), np.random.default_rng([args.seed, micro_step, slot])) for slot in slots]
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
@@ -754,7 +764,11 @@ class ContextCache:
         self.folder = Path(args.context_cache_dir)
         encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
         noted = self.folder / "models.json"
-        self.models = [fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted), str(weight_dtype_of(args))]
+        base = fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted)
+        # layers and lengths of contexts stand in the pipeline's own config
+        config = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        settings = {name: value for name, value in config.items() if name[0] != "_" and name not in component_folders(config)}
+        self.models = [digest_of([base, settings, family.encoding_version]), str(weight_dtype_of(args))]
         self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
             self.models += [fingerprint(args.vlm_model_name_or_path, family.vlm_files, None, noted), args.teacher_max_pixels]
@@ -1492,6 +1506,18 @@ def public_settings(args):
     return {name: shown(value) for name, value in vars(args).items()} | ({"context_cache_dir": None} if own else {})
 
 
+def settings_to_share(args):
+    """`public_settings` without what follows from the base or the rank: with another one, other defaults apply."""
+    family, settings = family_of(args.pretrained_model_name_or_path, args.revision), public_settings(args)
+    for name in ("num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"):
+        resolve_arguments(family, own := argparse.Namespace(**vars(args) | {name: None}))
+        settings[name] = None if getattr(own, name) == getattr(args, name) else settings[name]
+    settings["vlm_model_name_or_path"] = None if args.vlm_model_name_or_path in family.vlms.values() else settings["vlm_model_name_or_path"]
+    if "lora_alpha" in settings and args.lora_alpha == args.rank:
+        settings["lora_alpha"] = None
+    return settings
+
+
 def lora_state_dict(transformer):
     """Weights of the LoRA with its scale folded into lora_B, so that programs that ignore alpha run it at equal strength."""
     weights = get_peft_model_state_dict(transformer)
@@ -1522,9 +1548,9 @@ def save_repository_files(pipeline, args):
     # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
     (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__} as Pipeline  # noqa: F401\n")
     base_dtype = str(weight_dtype_of(args)).removeprefix("torch.")
-    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.num_inference_steps, base_dtype)
+    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.revision, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / SETTINGS_NAME).write_text(json.dumps(public_settings(args), indent=2) + "\n")
+    (folder / SETTINGS_NAME).write_text(json.dumps(settings_to_share(args), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------ card and push
@@ -1571,6 +1597,7 @@ def card_data(args, samples, tags):
 def training_command(args):
     """The command that trained this, without flags that have their default."""
     defaults = vars(parse_args(["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]))
+    defaults |= {"lora_alpha": args.rank} if "rank" in args else {}
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
         if value is True:
@@ -1732,7 +1759,8 @@ def publish_lora(pipeline, save, samples, args, accelerator, step):
 
 def lora_loading_code(args, name):
     """Lines of code that load the LoRA in the folder or repository `name`."""
-    base = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_model_name_or_path)}, dtype=torch.bfloat16)"
+    revision = f", revision={json.dumps(args.revision)}" if args.revision else ""
+    base = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_model_name_or_path)}{revision}, dtype=torch.bfloat16)"
     return f"{base}\npipe.load_lora_weights({json.dumps(name)})"
 
 
@@ -1806,6 +1834,19 @@ def resolve_arguments(family, args):
         raise ValueError("--reference_column: this model takes no reference images.")
     if args.teacher_prompt_suffix is None:
         args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+
+
+def check_references(family, args, dataset):
+    """Raises ValueError that names an image which the transformer cannot be shown as a reference."""
+    if not sees_references(args):
+        return
+    for index, (bucket, sizes) in enumerate(zip(dataset["bucket"][:], dataset["reference_sizes"][:])):
+        with blamed_on(f"Row {index}: its image as a reference, at --resolution {args.resolution}"):
+            if args.teacher_context == "edit":
+                family.check_reference(*bucket[::-1])
+        for width, height in sizes:
+            with blamed_on(f"Row {index}: a reference in --reference_column {args.reference_column}"):
+                family.check_reference(width, height)
 
 
 def check_contexts(family, args, dataset, pairs):
@@ -1899,10 +1940,14 @@ def check_inputs(args):
     dataset = with_mirrored(dataset) if args.random_flip else dataset
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(batches) / args.gradient_accumulation_steps)
+        micro_steps = args.num_train_epochs * len(batches)
+        if args.prior_prompts != "none":  # beside them, so that each image is drawn as often as asked
+            micro_steps += (micro_steps - 1) // (args.prior_every - 1)
+        args.max_train_steps = math.ceil(micro_steps / args.gradient_accumulation_steps)
         args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")
+    check_references(family, args, dataset)
     captions = dataset["captions"][:]  # a slice is read at once
     pairs = [(index, caption) for index, own in enumerate(captions) for caption in own]
     if args.validation_steps:
@@ -2197,7 +2242,9 @@ class Stop:
                 signal.signal(number, self.note)
         parent = psutil.Process().parent()
         with contextlib.suppress(psutil.Error, AttributeError):
-            if any(word in " ".join(parent.cmdline()) for word in ("accelerate", "torchrun", "torch.distributed")):
+            words = parent.cmdline()
+            programs = [Path(word).name for word in words[:2]] + [module for flag, module in itertools.pairwise(words) if flag == "-m"]
+            if any(program.split(".")[0] in ("accelerate", "torchrun", "torch") for program in programs):
                 threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
 
     def watch(self, parent):
@@ -2276,15 +2323,15 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
     validate = functools.partial(log_validation, pipeline, teacher, dataset, cache, args, accelerator)
-    if validating and first_step == 0:
-        validate(0)
+    # also of a run that was stopped at such a step, which ended without
+    if validating and (first_step % args.validation_steps == 0 or first_step == args.max_train_steps):
+        validate(first_step)
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
     layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
 
     def batch_at(micro_step):
-        processes = accelerator.process_index, accelerator.num_processes
-        draws = draw_batch(layouts, args.train_batch_size, micro_step, *processes, args.seed)
-        prior = prior_prompts if (micro_step + 1) % args.prior_every == 0 else []
+        draws = draw_batch(layouts, args, micro_step, accelerator.process_index, accelerator.num_processes)
+        prior = prior_prompts if prior_steps(micro_step + 1, args) > prior_steps(micro_step, args) else []
         return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
 
     micro_steps = range(first_step * args.gradient_accumulation_steps, args.max_train_steps * args.gradient_accumulation_steps)

@@ -89,6 +89,19 @@ def test_padding_of_the_vlm_context_is_that_of_the_text_encoder(pipeline, vlm):
     torch.testing.assert_close(ours, pipeline.encode_student(PROMPTS[:1])[0]["prompt_embeds"], rtol=1e-3, atol=1e-4)
 
 
+def test_positions_go_on_through_the_padding_of_the_vlm_context(pipeline, vlm, monkeypatch):
+    """The text encoder's padding has positions of its own; with an image, the VLM would give position 0 to all of it."""
+    pipeline.load_multimodal_encoder(str(vlm))
+    encoder = pipeline.multimodal_encoder
+    seen, rotary = [], encoder.model.language_model.rotary_emb
+    rotary.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["position_ids"] if kwargs else args[1]), with_kwargs=True)
+    (context,) = pipeline.encode_teacher(PROMPTS[:1], [RED])
+    positions = seen[0][-3:, 0]
+    real = encoder.context_length(PROMPTS[0], *RED.size[::-1], pipeline.chat_ending(pipeline.tokenizer))
+    assert 16 < real < positions.shape[1] == len(context["prompt_embeds"])
+    assert (positions[:, real - 1 :].diff() == 1).all()
+
+
 def test_edit_context_is_the_students_with_the_image_as_last_reference(pipeline, stock):
     """The edit branch sees what the stock pipeline makes of an image; other latents would be another picture to it."""
     (teacher,) = pipeline.encode_teacher(PROMPTS[:1], [RED], "edit", [[WIDE]])
@@ -247,6 +260,23 @@ def test_cache_is_renewed_when_the_teacher_changes(train, tmp_path):
         train(tmp_path / "out", "--overwrite_output_dir", context_cache_dir=cache, max_train_steps=1, rollout_steps=1, **changes)
         counts.append(len(list(cache.glob("*.safetensors"))))
     assert counts == [4, 6, 10, 12, 12]  # the student's two are the same for all; with `edit`, the VAE is in their key
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "words"),
+    [
+        ((50, 80), {"reference_column": "reference"}, "Row 0: a reference in --reference_column reference: Image too small"),
+        ((640, 64), {"reference_column": "reference"}, "Row 0: a reference in --reference_column reference: Aspect ratio"),
+        ((64, 64), {"teacher_context": "edit", "resolution": 32}, "Row 0: its image as a reference, at --resolution 32: Image too small"),
+    ],
+)
+def test_reference_that_the_model_does_not_take(train, with_references, tmp_path, size, changes, words):
+    """The stock pipeline's own error would come after the encoders have loaded, as a traceback that names no file."""
+    folder = shutil.copytree(with_references, tmp_path / "images")
+    for file in folder.glob("reference_0*"):
+        draw("ellipse", "blue", size).save(file)
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path / "out", **{"instance_data_dir": folder, **changes})
 
 
 @pytest.mark.parametrize("changes", [{"teacher_context": "edit"}, {"teacher_image": "other"}])

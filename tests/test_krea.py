@@ -45,6 +45,19 @@ def test_padding_changes_no_velocity(pipeline, stock, other):
     assert ours.std() > 0.1
 
 
+def test_cache_is_renewed_when_other_layers_are_read(base, flags, tmp_path):
+    """Which layers a context holds stands in model_index.json alone."""
+    other = shutil.copytree(base, tmp_path / "base")
+    index = json.loads((other / "model_index.json").read_text()) | {"text_encoder_select_layers": [0, 1, 2]}
+    (other / "model_index.json").write_text(json.dumps(index))
+    row, paths = {"image_hash": "0", "bucket": [32, 32], "reference_hashes": []}, []
+    for folder in (base, other):
+        args = script.parse_args(flags(tmp_path / "out", pretrained_model_name_or_path=folder))
+        script.resolve_arguments(DOPSDKrea2Pipeline, args)
+        paths.append(script.ContextCache(DOPSDKrea2Pipeline, args).paths(row, row, "x"))
+    assert not set(paths[0]) & set(paths[1])
+
+
 def test_image_tokens_stand_at_rows_and_columns(pipeline, encoder, monkeypatch):
     """At the positions of text, or shifted by the padding of a batch, the text encoder would see scattered patches."""
     rotary, seen = pipeline.text_encoder.language_model.rotary_emb, []

@@ -273,6 +273,10 @@ def test_ema_extremes_are_the_frozen_base_and_the_live_copy():
 BUCKETS = ((32, 32),) * 5 + ((24, 40),) * 3
 
 
+def drawing(batch_size, seed, prior_prompts="none"):
+    return SimpleNamespace(train_batch_size=batch_size, seed=seed, prior_prompts=prior_prompts, prior_every=3)
+
+
 def rows_of(draws):
     return [row for row, _ in draws]
 
@@ -284,8 +288,8 @@ def numbers_of(draws):
 @pytest.mark.parametrize("step", [0, 1, 7, 23])
 def test_two_processes_draw_what_one_draws_with_twice_the_batch(step):
     """The number of GPUs must not change what is trained on, image, caption and noise alike."""
-    one = script.draw_batch(BUCKETS, 2, step, 0, 1, 5)
-    two = [script.draw_batch(BUCKETS, 1, step, process, 2, 5)[0] for process in (0, 1)]
+    one = script.draw_batch(BUCKETS, drawing(2, 5), step, 0, 1)
+    two = [script.draw_batch(BUCKETS, drawing(1, 5), step, process, 2)[0] for process in (0, 1)]
     assert rows_of(one) == rows_of(two)
     one, two = numbers_of(one), numbers_of(two)
     assert one == two and one[0] != one[1]
@@ -293,9 +297,9 @@ def test_two_processes_draw_what_one_draws_with_twice_the_batch(step):
 
 def test_draws_depend_on_seed_and_step_alone():
     """A resumed run would train on other images and noise than the uninterrupted one."""
-    draw = [script.draw_batch(BUCKETS, 2, step, 0, 1, 5) for step in range(8)]
-    again = [script.draw_batch(BUCKETS, 2, step, 0, 1, 5) for step in reversed(range(8))][::-1]
-    other = [script.draw_batch(BUCKETS, 2, step, 0, 1, 6) for step in range(8)]
+    draw = [script.draw_batch(BUCKETS, drawing(2, 5), step, 0, 1) for step in range(8)]
+    again = [script.draw_batch(BUCKETS, drawing(2, 5), step, 0, 1) for step in reversed(range(8))][::-1]
+    other = [script.draw_batch(BUCKETS, drawing(2, 6), step, 0, 1) for step in range(8)]
     assert [rows_of(d) for d in draw] == [rows_of(d) for d in again] != [rows_of(d) for d in other]
     numbers = [numbers_of(d) for d in draw]
     assert numbers == [numbers_of(d) for d in again]
@@ -310,7 +314,7 @@ def test_every_image_is_drawn_in_every_epoch(batch_size):
     for epoch in range(3):
         drawn = []
         for step in range(epoch * steps, (epoch + 1) * steps):
-            rows = rows_of(script.draw_batch(BUCKETS, batch_size, step, 0, 1, 0))
+            rows = rows_of(script.draw_batch(BUCKETS, drawing(batch_size, 0), step, 0, 1))
             assert len(rows) == batch_size and len({BUCKETS[row] for row in rows}) == 1
             drawn += rows
         assert set(drawn) == set(range(8))
@@ -318,6 +322,26 @@ def test_every_image_is_drawn_in_every_epoch(batch_size):
             assert len(drawn) == 8
         epochs.append(drawn)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_prior_prompts_take_no_image_out_of_an_epoch(epochs, flags, tmp_path):
+    """A third of the images would never be seen in a training of one epoch."""
+    args = script.parse_args(flags(tmp_path / "out", prior_prompts=None, num_train_epochs=epochs, max_train_steps=None))
+    script.make_accelerator(args)
+    dataset = script.check_inputs(args)[1]
+    drawn = Counter()
+    for step in range(args.max_train_steps):
+        if script.prior_steps(step + 1, args) == script.prior_steps(step, args):
+            drawn.update(rows_of(script.draw_batch(script.layouts_of(dataset, args), args, step, 0, 1)))
+    assert drawn == dict.fromkeys(range(len(dataset)), epochs)
+
+
+def test_batches_of_prior_prompts_have_noise_of_their_own():
+    """The same noise in two consecutive batches would halve what a step sees."""
+    args = drawing(1, 0, "prompts.txt")
+    numbers = [numbers_of(script.draw_batch(BUCKETS, args, step, 0, 1))[0] for step in range(12)]
+    assert len(set(numbers)) == 12
 
 
 def test_rows_are_hashed_once_an_epoch():
@@ -334,7 +358,7 @@ def test_rows_are_hashed_once_an_epoch():
             return super().__eq__(other)
 
     layouts = script.Layouts(Layout((row // 2, 8)) for row in range(200))
-    drawn = [rows_of(script.draw_batch(layouts, 2, step, 0, 1, 0)) for step in range(100)]
+    drawn = [rows_of(script.draw_batch(layouts, drawing(2, 0), step, 0, 1)) for step in range(100)]
     assert len(hashes) == 200 and len(comparisons) <= 200
     assert sorted(row for rows in drawn for row in rows) == list(range(200))
     assert all(layouts[first] == layouts[second] for first, second in drawn)

@@ -214,6 +214,39 @@ def test_settings_of_a_run_make_the_same_run(trained):
     assert vars(script.parse_args(words)) == settings | paths | {"rank": 7}
 
 
+def test_settings_of_a_run_leave_defaults_to_the_next(train, base, tmp_path):
+    """With another rank, base or teacher, the strength, the steps and the suffix would be those of the old one."""
+    folder = train(tmp_path / "out", max_train_steps=1, rank=4)
+    settings = json.loads((folder / "dopsd_settings.json").read_text())
+    names = ["lora_alpha", "num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"]
+    assert [settings[name] for name in names] == [None] * len(names)
+    assert "vlm_model_name_or_path" in settings
+
+
+def write_settings(folder, **settings):
+    needed = {"pretrained_model_name_or_path": "-", "instance_data_dir": "-", "output_dir": "-"}
+    (folder / "run.json").write_text(json.dumps(needed | settings, ensure_ascii=False), "utf-8")
+    return ["--config", str(folder / "run.json")]
+
+
+def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
+    """A flag cannot be taken back, so the file's other one must not stand in its way; both in the file are a mistake."""
+    words = write_settings(tmp_path, max_train_steps=500, teacher_max_pixels=65536)
+    args = script.parse_args([*words, "--num_train_epochs", "3", "--teacher_context", "edit"])
+    assert args.num_train_epochs == 3 and args.teacher_max_pixels is None
+    with pytest.raises(SystemExit):
+        script.parse_args([*write_settings(tmp_path, max_train_steps=500, num_train_epochs=3), "--rank", "4"])
+    assert "--max_train_steps has no effect" in capsys.readouterr().err
+
+
+def test_emoji_in_a_caption_survives_the_settings(train, tmp_path):
+    """JSON's way to write it is read as half a letter by YAML."""
+    folder = train(tmp_path / "out", max_train_steps=1, instance_prompt="a dog 😀")
+    paths = ["pretrained_model_name_or_path", "vlm_model_name_or_path", "instance_data_dir", "context_cache_dir", "output_dir"]
+    words = ["--config", str(folder / "dopsd_settings.json"), *(word for name in paths for word in (f"--{name}", "x"))]
+    assert script.parse_args(words).instance_prompt == "a dog 😀"
+
+
 def test_shortened_path_in_a_config_is_asked_for(trained, capsys):
     """The result would land in a new folder named `...`, or the contexts be encoded anew there."""
     with pytest.raises(SystemExit):
@@ -260,6 +293,7 @@ def test_command_of_the_card_gives_the_run_again(module):
     """A stranger who pastes it would get an error, or another training."""
     flags = ["--pretrained_model_name_or_path", "org/base", "--dataset_name", "org/pictures", "--output_dir", "my folder",
              "--validation_prompt", "a dog", "a 'quoted' cat", "--gradient_checkpointing"]  # fmt: skip
+    flags += ["--rank", "32", "--lora_alpha", "64"] if module is script else []  # the default of another rank
     args = module.parse_args(flags)
     words = shlex.split(module.training_command(args))
     assert words[:3] == ["accelerate", "launch", Path(module.__file__).name]

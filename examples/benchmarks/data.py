@@ -95,14 +95,14 @@ def step(args):
     buckets = [[1024, 1024], [896, 1152], [1152, 896], [832, 1216], [1216, 832]]
     columns = {"captions": [["a photo"]] * rows, "bucket": [buckets[k] for k in rng.integers(5, size=rows)]}
     columns |= {"image_hash": [f"{i:064}" for i in range(rows)], "reference_hashes": [[]] * rows, "reference_sizes": [[]] * rows}
-    dataset, flags = Dataset.from_dict(columns), SimpleNamespace(teacher_image="target")
+    dataset, flags = Dataset.from_dict(columns), SimpleNamespace(teacher_image="target", train_batch_size=1, seed=0, prior_prompts="none")
     pipeline = SimpleNamespace(initial_noise=lambda height, width, generator: torch.zeros(1))  # and no contexts
     cache = SimpleNamespace(read=lambda row, shown, caption: ({}, {}))
     layouts = script.layouts_of(dataset, flags)
     dataset = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
 
     def make(micro_step):
-        draws = script.draw_batch(layouts, 1, micro_step, 0, 1, 0)
+        draws = script.draw_batch(layouts, flags, micro_step, 0, 1)
         return script.make_batch(pipeline, dataset, cache, draws, [], flags, "cpu")
 
     started = time.perf_counter()

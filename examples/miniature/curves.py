@@ -269,7 +269,7 @@ def print_noise(args, batches=12, warm_up=40):
             parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
             gradients = []  # of each image of each batch and each state
             for place in range(batches):
-                for draw in script.draw_batch(layouts, 4, 10**6 + place, 0, 1, 0):
+                for draw in script.draw_batch(layouts, flags, 10**6 + place, 0, 1):
                     batch = *script.make_batch(pipeline, rows, cache, [draw], [], flags, "cpu"), [list(range(K))]
                     losses = script.rollout(pipeline, pipeline.transformer, teacher, batch, flags, accelerator)
                     gradients += [torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), parameters)]) for _, loss in losses]
