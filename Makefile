@@ -2,7 +2,7 @@
 # make report: after make demo, look at its teacher and its result with examples/evaluate.py
 # make test: lint, and the test suite
 # make test-slow: the tests that take minutes
-# make test-lowest: fast tests with the lowest versions that requirements.txt allows, in an environment of its own
+# make test-lowest: six of the test files with the lowest versions that requirements.txt allows, torch excepted
 # make lint: ruff alone
 # make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py
 # make flags: write docs/flags.md

@@ -64,6 +64,8 @@ def scale_of(parts, kohya, config, alpha):
         ValueError: alpha is not known, or no number above 0.
     """
     rank = len(parts["A"])
+    if alpha is not None and (kohya or config.get("lora_alpha") is not None):
+        raise ValueError("its alpha is known: leave out --lora_alpha.")
     if kohya:
         alpha = parts["alpha"].squeeze().tolist() if "alpha" in parts else rank
     elif alpha is None:

@@ -486,6 +486,7 @@ def test_recipes_fit_their_cards(path, tmp_path):
     assert words[:6] == ["launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend"]
     assert words[6] == "no" and words[7].endswith("train_dopsd_lora.py")
     ran = script.parse_args(words[8:])
+    script.parse_args([*words[8:], "--validation_steps", "0", "--optimizer", "prodigy", "--learning_rate", "1"])  # further flags
     assert (ran.instance_data_dir, ran.output_dir, ran.seed) == ("my images", "out", 7)
     assert {**vars(ran), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0} == {
         **vars(args), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0,
