@@ -2243,8 +2243,8 @@ class Stop:
         parent = psutil.Process().parent()
         with contextlib.suppress(psutil.Error, AttributeError):
             words = parent.cmdline()
-            programs = [Path(word).name for word in words[:2]] + [module for flag, module in itertools.pairwise(words) if flag == "-m"]
-            if any(program.split(".")[0] in ("accelerate", "torchrun", "torch") for program in programs):
+            modules = {module.split(".")[0] for flag, module in itertools.pairwise(words) if flag == "-m"}
+            if {"accelerate", "torchrun", "torch"} & {*modules, *(Path(word).name for word in words[:2])}:
                 threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
 
     def watch(self, parent):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -550,6 +551,36 @@ def goes_on_from_a_signal(trainer, folder, errors, compare=False):
     if compare:
         whole = trainer(folder / "whole", max_train_steps=done)
         assert_same(whole / trainer.result, resumed / trainer.result)
+
+
+@pytest.mark.parametrize(
+    ("words", "watched"),
+    [
+        ("python /venv/bin/accelerate launch train.py", True), ("python -u -m accelerate.commands.launch train.py", True),
+        ("/venv/bin/torchrun train.py", True), ("python -m torch.distributed.run train.py", True),
+        ("bash my_accelerate_run.sh", False), ("bash -c cd\u00a0/data/accelerate;\u00a0python\u00a0train.py", False), ("bash accelerate.sh", False),
+    ],
+)  # fmt: skip
+def test_parent_that_is_no_launcher_may_end(monkeypatch, words, watched):
+    """A script that starts a training with nohup and ends, and has `accelerate` in its name, would take the training with it."""
+    threads, parent = [], SimpleNamespace(cmdline=lambda: words.split(" "))
+    monkeypatch.setattr(script.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.setattr(script.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(script.threading, "Thread", lambda **kwargs: threads.append(kwargs) or SimpleNamespace(start=lambda: None))
+    script.Stop().listen()
+    assert len(threads) == watched
+
+
+def test_resumed_run_makes_the_picture_that_a_signal_cut_off(train_any, tmp_path, monkeypatch):
+    """The picture of that step would be missing, and the card would show an older one."""
+    asked = iter([0, signal.SIGTERM])
+    changes = {"validation_steps": 2, "num_validation_images": 1}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_any.module.STOP, "asked", lambda accelerator: next(asked))
+        train_any(tmp_path, max_train_steps=2, **changes)
+    assert not (tmp_path / "validation" / "step-000002.png").exists()
+    train_any(tmp_path, max_train_steps=2, resume_from_checkpoint="latest", **changes)
+    assert (tmp_path / "validation" / "step-000002.png").exists()
 
 
 def no_process_in(folder):

@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+import pipeline_dopsd
 import train_dopsd_full as full_script
 import train_dopsd_lora as script
 from conftest import LORA, ROOT, draw, student_picture
 from families import CAPTIONS, FAMILIES
-from pipeline_dopsd import family_of, input_dtype
+from pipeline_dopsd import family_of, input_dtype, repository_config
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -58,6 +59,17 @@ def test_editing_needs_a_model_that_edits(family, flags, tmp_path, changes):
     (flag,) = changes
     with pytest.raises(ValueError, match=f"--{flag}"):
         script.resolve_arguments(family.pipeline, argparse.Namespace(**{**vars(script.parse_args(flags(tmp_path))), **changes}))
+
+
+def test_revision_of_the_base_is_that_of_the_training(family, pipeline, flags, tmp_path, monkeypatch):
+    """A base that changes on the Hub would be another one below the same LoRA."""
+    config = repository_config(pipeline, "org/base", "v2", STEPS, "bfloat16")
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *args, **options: asked.append((args[-1], options["revision"])) or pipeline)
+    getattr(pipeline_dopsd, config.pop("_class_name")[1])(**config)
+    assert asked == [("org/base", "v2")]
+    args = script.parse_args(flags(tmp_path, pretrained_model_name_or_path="org/base", revision="v2"))
+    assert 'from_pretrained("org/base", revision="v2", dtype' in script.lora_loading_code(args, "me/lora")
 
 
 # ---------------------------------------------------------------------------------------------------------- velocity
