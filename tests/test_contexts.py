@@ -251,6 +251,44 @@ def test_damaged_context_ends_the_run_when_it_is_used(train, tmp_path):
     assert path.exists()
 
 
+@pytest.mark.families()
+def test_contexts_in_8_bits_are_half_as_large_and_nearly_the_same(pipeline, encoder, tmp_path):
+    """A hundred thousand images would need twice the disk; a student of other contexts would be another."""
+    cache = script.ContextCache.__new__(script.ContextCache)
+    cache.folder, latents = tmp_path, pipeline.initial_noise(32, 32, torch.Generator().manual_seed(0))
+    timestep = pipeline.few_step_grid(4, latents)[1]
+    (context,) = pipeline.encode_teacher(PROMPTS[:1], [draw("rectangle", "red")])
+    context = {name: tensor.bfloat16() for name, tensor in context.items()}
+    velocities, sizes = [], []
+    for cache.fp8 in (False, True):
+        path = tmp_path / f"{cache.fp8}.safetensors"
+        cache.write(path, context)
+        read = script.read_context(path)
+        assert read.keys() == context.keys() and read["prompt_embeds"].dtype == torch.bfloat16
+        with torch.no_grad():
+            velocities.append(pipeline.velocity(pipeline.transformer, latents, timestep, [read]))
+        sizes.append(path.stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    assert 0 < (velocities[1] - velocities[0]).norm() < 0.05 * velocities[0].norm()
+
+
+def test_scale_of_8_bits_is_that_of_each_token():
+    """One token with outlying dimensions, as Qwen's first has, would round all others to nothing."""
+    embeds = torch.tensor([[1000.0, 1.0, -3.0], [0.001, 0.002, -0.0005], [0.0, 0.0, 0.0]])
+    values, scale = script.to_fp8(embeds)
+    read = values.float() * scale
+    torch.testing.assert_close(read[1], embeds[1], rtol=0.07, atol=0)
+    assert (read[2] == 0).all() and read.isfinite().all() and read[0, 0] == 1000
+
+
+def test_training_on_contexts_in_8_bits_is_not_gone_on_with_others(train_any, tmp_path):
+    """Half a training on rounded contexts is neither."""
+    folder = train_any(tmp_path / "out", context_dtype="fp8", context_cache_dir=tmp_path / "cache", max_train_steps=1)
+    with pytest.raises(ValueError, match="--context_dtype"):
+        train_any(folder, resume_from_checkpoint="latest", context_cache_dir=tmp_path / "cache", max_train_steps=2)
+    train_any(folder, resume_from_checkpoint="latest", context_dtype="fp8", context_cache_dir=tmp_path / "cache", max_train_steps=2)
+
+
 def test_start_reads_no_contexts(train, tmp_path, monkeypatch):
     """Those of 100,000 images are hundreds of gigabytes; a start looks at their headers."""
     folder = save_images(tmp_path / "images")

@@ -138,7 +138,7 @@ def test_any_flipped_bit_of_a_context_is_noticed(tmp_path, seed, dtype, data):
     """The header counts, too: it says where a tensor begins."""
     generator = torch.Generator().manual_seed(seed)
     cache = script.ContextCache.__new__(script.ContextCache)
-    cache.folder, cache.models = tmp_path, ["base", "dtype", "vlm", "", None]
+    cache.folder, cache.models, cache.fp8 = tmp_path, ["base", "dtype", "vlm", "", None], False
     row = {"reference_hashes": [], "image_hash": "0", "bucket": [8, 8]}
     written = [{"prompt_embeds": torch.randn(n, 4, generator=generator).to(dtype)} for n in (2, 3)]
     for path, context in zip(cache.paths(row, row, "x"), written):
