@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--training_seeds", type=int, default=3)
-    trials.add_arguments(parser, "compare")
+    trials.add_arguments(parser, "compare", seeds=8)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.searched = [name for name in SEARCHED if name in args.concepts]

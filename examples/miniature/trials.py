@@ -157,10 +157,10 @@ def worth(point):
     return sum(np.mean(point[key]) for key in ("concept", "right"))
 
 
-def add_arguments(parser, name):
+def add_arguments(parser, name, seeds=4):
     """What both programs are asked; `name` is that of work folder and of the file of finished runs."""
     parser.add_argument("--work_dir", type=type(HERE), default=HERE.parents[1] / "build" / name)
-    parser.add_argument("--seeds", type=int, default=4, help="noise seeds of a measurement")
+    parser.add_argument("--seeds", type=int, default=seeds, help="noise seeds of a measurement")
     parser.add_argument("--processes", type=int, default=1, help="runs at once, of one thread each")
     parser.set_defaults(finished=HERE / f"{name}.json")
 
