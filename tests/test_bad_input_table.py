@@ -48,7 +48,7 @@ ONLY_FULL, ONLY_LORA = {"ema_refresh_steps"}, {"rank", "lora_alpha", "offloaded_
 # flags that would do nothing: the first of them is named
 IDLE = [
     {"checkpointed_blocks": 0.5}, {"prior_every": 4}, {"num_validation_images": 2}, {"num_validation_images": 2, "validation_steps": 5, "validation_prompt": "a"},
-    {"validation_prompt": "a"}, {"enable_vae_tiling": True}, {"dataset_config_name": "x"}, {"hub_model_id": "me/x"}, {"hub_timeout": 9},
+    {"validation_prompt": "a"}, {"dataset_config_name": "x"}, {"hub_model_id": "me/x"}, {"hub_timeout": 9},
     {"hub_private_repo": True}, {"hub_push_checkpoints": True}, {"lr_warmup_steps": 5}, {"lr_num_cycles": 2}, {"lr_power": 2.0},
     {"lr_num_cycles": 2, "lr_scheduler": "cosine"}, {"teacher_max_pixels": 4096, "teacher_context": "edit"}, {"revision": "main"},
 ]  # fmt: skip

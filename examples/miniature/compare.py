@@ -264,7 +264,7 @@ def print_tables(found, best, tried, args):
         "unrelated, 30 steps": lambda p: 100 * p["slow"][1] if "slow" in p else math.nan,
     }  # fmt: skip
     print(f"\nMean over the concepts {', '.join(args.concepts)}; ± 95 per cent interval over the training seeds\n")
-    differences = ["concept", "unrelated"] if "prior" in found else []
+    differences = {"concept": "concept", "unrelated": "right"} if "prior" in found else {}
     names = ["", "learning rate", *columns, *(f"{column}, less D-OPSD with prior prompts" for column in differences)]
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
 
@@ -273,12 +273,16 @@ def print_tables(found, best, tried, args):
         values = [[v for v in map(figure, seed.values()) if not math.isnan(v)] for seed in found[name]]
         return [np.mean(own) for own in values if own]
 
+    def paired(name, key):
+        """Of each training seed, the difference to D-OPSD with prior prompts, on the noise seeds that both have."""
+        pairs = [[(own[c][key], ours[c][key]) for c in own] for own, ours in zip(found[name], found["prior"])]
+        part = lambda a, b: 100 * np.mean(a[: len(b)])  # noqa: E731
+        return [np.mean([part(a, b) - part(b, a) for a, b in seed]) for seed in pairs]
+
     for name in found:
         label, rate = ("before", "") if name == "before" else (VARIANTS[name].label, f"{best[name]:g}")
         cells = [label, rate, *(interval(mean(name, figure), DIGITS.get(column, 1)) for column, figure in columns.items())]
-        for column in differences:  # paired over the training seeds
-            ours = mean("prior", columns[column])[: len(found[name])]
-            cells.append("" if name in ("before", "prior") else interval(np.subtract(mean(name, columns[column]), ours)))
+        cells += ["" if name in ("before", "prior") else interval(paired(name, key)) for key in differences.values()]
         print(f"| {' | '.join(cells)} |")
     print("\nconcept right / unrelated right, per cent, mean over the training seeds\n")
     print(f"| | {' | '.join(args.concepts)} |" + "\n|---" + "|---" * len(args.concepts) + "|")
