@@ -248,7 +248,7 @@ def base_figures(args):
     """Figures of the untrained model for each concept, kept as those of finished runs are."""
     found, finished = {}, json.loads(args.finished.read_text())
     for concept in args.concepts:
-        record = args.work_dir / f"{'' if args.model == 'model' else 'klein-'}before-{concept}.json"
+        record = args.work_dir / f"{trials.prefix_of(args.model)}before-{concept}.json"
         if record.stem not in finished and not record.exists():
             judge, pipeline = trials.measuring(args.model)
             figures = trials.figures_of(pipeline, judge, concept, range(args.seeds), 30 if concept in MAIN else 0)
@@ -298,7 +298,7 @@ def print_tables(found, best, tried, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["model", "klein"], default="model", help="the Z-Image miniature or the klein miniature")
+    parser.add_argument("--model", choices=["model", "klein", "krea"], default="model", help="the miniature of Z-Image, klein or Krea 2")
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--training_seeds", type=int, default=3)

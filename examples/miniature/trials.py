@@ -117,11 +117,15 @@ def figures_of(pipeline, judge, concept, seeds, slow_steps=0):
     return figures
 
 
+def prefix_of(model):
+    """With which the names of the runs on a miniature begin."""
+    return "" if model == "model" else f"{model}-"
+
+
 def run(variants, job):
     """Trains one LoRA, measures it on its way, and returns and stores the figures at each point."""
     model, name, share, concept, setting, seed, measured, args = job
-    prefix = "" if model == "model" else f"{model}-"
-    record = args.work_dir / f"{prefix}{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{measured}.json"
+    record = args.work_dir / f"{prefix_of(model)}{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{measured}.json"
     finished = json.loads(args.finished.read_text())
     if record.stem in finished:
         return job[:-1], finished[record.stem]
