@@ -230,6 +230,8 @@ def check_arguments(parser, args):
         (args.use_8bit_adam and "adamw" not in args.optimizer, f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}"),
         (args.optimizer == "prodigy" and args.learning_rate < 0.1,
          f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}"),
+        (args.reference_column == args.image_column, "--reference_column must be another column than --image_column"),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7, "--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate"),
         (args.random_flip and args.reference_column, "--random_flip does not go with --reference_column: references are not mirrored"),
     ]:  # fmt: skip
         if wrong:
@@ -267,7 +269,8 @@ def with_config(parser, words):
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:
-            given[name] = [f"--{name}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+            several = value if isinstance(value, list) else None
+            given[name] = [f"--{name}", *map(str, several)] if several else [f"--{name}{'' if value is True else f'={value}'}"]
     merged = parser.parse_args([*itertools.chain(*given.values()), *words])
     alone = argparse.Namespace(**vars(merged) | {name: settings.get(name, parser.get_default(name)) for name in typed})
     left_out = {name for _, idle, names in IDLE_FLAGS for name in names if idle(merged) and not idle(alone)}
@@ -304,6 +307,7 @@ for name, beginning in {
     logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
 
 import diffusers
+import huggingface_hub as hub
 import numpy as np
 import psutil
 import torch
@@ -334,22 +338,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version
 from filelock import FileLock, Timeout
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    create_commit,
-    create_repo,
-    get_session,
-    hf_hub_download,
-    is_offline_mode,
-    model_info,
-    save_torch_state_dict,
-    set_client_factory,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import ModelCard, is_offline_mode, save_torch_state_dict, snapshot_download
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -367,7 +356,6 @@ import pipeline_dopsd
 from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of, repository_config
 
 
-# Raises if the minimal version of diffusers is not installed.
 check_min_version("0.42.0")
 
 logger = logging.getLogger(__name__)
@@ -390,7 +378,6 @@ MAY_CHANGE = {
     "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
 }  # fmt: skip
 MIRRORED = " mirrored"
-NO_IMAGES = {"image_hash": None, "bucket": None, "reference_hashes": []}
 UMASK = os.umask(0)  # it is only read by setting it
 os.umask(UMASK)
 HEADINGS = ["student", "teacher", "training image"]  # of validation pictures
@@ -416,7 +403,7 @@ def blamed_on(what):
         while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
             cause = cause.__cause__ or cause.__context__
         told = [str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}" for e in (error, cause)]
-        raise InputError(f"{what}: {' - '.join(dict.fromkeys(told))}") from error
+        raise InputError(" ".join(f"{what}: {' - '.join(dict.fromkeys(told))}".split())) from error  # in one line
 
 
 def read_folder(folder, args):
@@ -427,7 +414,7 @@ def read_folder(folder, args):
         raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
     texts = [] if metadata else [p for p in files if p.suffix.lower() == ".txt"]
     found = read_metadata(metadata[0]) if metadata else read_texts(folder, files, texts, args)
-    names = sorted({name for _, row in found for name in row})
+    names = sorted({name for _, row in found for name in row}, key=lambda name: ("file_name" in name, name))  # these go before others
     columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
     check_columns(columns, metadata[0] if metadata else folder, args)
     rows, captions, places = [], [], {}
@@ -553,18 +540,18 @@ def read_dataset(args):
     if not len(dataset):
         raise ValueError(f"{flag} holds no rows.")
     check_columns(dataset.column_names, args.dataset_name, args)
-    pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
-    for column in pictures:
-        feature = ImageFeature(decode=False)
-        with blamed_on(f"{flag}: column {column} holds no images"):
-            several = isinstance(dataset.features[column], ListFeature)
-            dataset = dataset.cast_column(column, ListFeature(feature) if several else feature)
     column = args.caption_column
     cells = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
     captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
-    # columns are worked on apart, so that no image is copied into the cache
-    images = dataset.select_columns(list(pictures)).rename_columns({old: new for old, new in pictures.items() if old != new})
-    return with_captions(images, captions)
+    pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
+    # columns are worked on apart, so that nothing is copied into the cache, except for lists of references
+    images = dataset.select_columns(list(pictures))
+    for column in pictures:
+        feature = ImageFeature(decode=False)
+        with blamed_on(f"{flag}: column {column} holds no images"):
+            several = isinstance(images.features[column], ListFeature)
+            images = images.cast_column(column, ListFeature(feature) if several else feature)
+    return with_captions(images.rename_columns({old: new for old, new in pictures.items() if old != new}), captions)
 
 
 def load_image(source):
@@ -603,9 +590,9 @@ def inspect_image(source):
     return list(size or load_image(source).size), hashlib.sha256(content).hexdigest()
 
 
-def inspect_images(dataset, buckets, args):
+def inspect_images(dataset, buckets, args, mirrored=False):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
-    image is read once; a later run on the same images reads the result from the cache of datasets.
+    image is read once; a later run on the same images reads the result from the cache of datasets. `mirrored`: see `with_mirrored`.
 
     Raises:
         ValueError: with the first ten of the images that cannot be read, unless --skip_broken_images leaves their rows out.
@@ -631,10 +618,12 @@ def inspect_images(dataset, buckets, args):
     added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers if workers > 1 else None, desc="images")
     whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
     dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
+    if mirrored:  # before rows are left out: datasets would write a copy of the images that are left
+        dataset, whole = with_mirrored(dataset), whole + [len(dataset) + index for index in whole]
     if len(whole) == len(dataset):
         return dataset
     broken = [error for error in added["broken"][:] if error]
-    told = f"{len(broken)} of {len(dataset)} images are broken. {' '.join(broken[:10])}{' ..' * (len(broken) > 10)}"
+    told = f"{len(broken)} of {len(added)} images are broken. {' '.join(broken[:10])}{' ..' * (len(broken) > 10)}"
     if not (args.skip_broken_images and whole):
         raise ValueError(f"{told} --skip_broken_images leaves them out.")
     logger.warning(f"Left out: {told}")
@@ -672,7 +661,7 @@ def shown_row(rows, index, args):
 def rows_of(rows, index, args):
     """The row and the row whose image the teacher sees; a prior prompt, of index None, has no images."""
     if index is None:
-        return NO_IMAGES, NO_IMAGES
+        return ({"image_hash": None, "bucket": None, "reference_hashes": []},) * 2
     row = rows[index]
     return row, row if args.teacher_image == "target" else shown_row(rows, index, args)
 
@@ -728,12 +717,10 @@ def draw_batch(layouts, args, micro_step, process, num_processes):
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
-def fingerprint(model_name_or_path, patterns, revision, noted):
+def fingerprint(model, patterns, revision, noted):
     """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched first; a warm
     Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes are read once."""
-    folder = Path(model_name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model_name_or_path, revision=revision, allow_patterns=patterns))
+    folder = Path(model if os.path.isdir(model) else snapshot_download(model, revision=revision, allow_patterns=patterns))
     files, known = {}, {}
     with contextlib.suppress(OSError, ValueError):
         known = {**json.loads(noted.read_text())}
@@ -770,6 +757,7 @@ class ContextCache:
         # layers and lengths of contexts stand in the pipeline's own config
         config = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
         settings = {name: value for name, value in config.items() if name[0] != "_" and name not in component_folders(config)}
+        settings |= {"variant": args.variant} if args.variant else {}  # the files of all are hashed
         self.fp8 = args.context_dtype == "fp8"
         self.models = [digest_of([base, settings, family.encoding_version]), f"{weight_dtype_of(args)}{' in fp8' * self.fp8}"]
         self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
@@ -857,9 +845,8 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     # rows with the same images and caption share a file: file -> whether it is the teacher's, row index and caption
     files = {}
     for index, caption in pairs:
-        student, teacher = cache.paths(*rows_of(keys, index, args), caption)
-        files.setdefault(student, (False, index, caption))
-        files.setdefault(teacher, (True, index, caption))
+        for teacher, path in zip((False, True), cache.paths(*rows_of(keys, index, args), caption)):
+            files.setdefault(path, (teacher, index, caption))
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     bar = tqdm(list(files)[mine], "Checking contexts", delay=5, disable=not accelerator.is_local_main_process)
     missing = gather_object([(path, *files[path]) for path in bar if not cache.holds(path)])
@@ -1095,12 +1082,11 @@ def read_ahead(make, numbers):
 # --------------------------------------------------------------------------------------------------------- validation
 def validation_pairs(dataset, args):
     """(row index, prompt) of each row of the validation picture."""
-    prompts = args.validation_prompt or [None] * args.num_validation_images
     pairs = []
-    for i, prompt in enumerate(prompts):
-        index = i % len(dataset)
+    for i, prompt in enumerate(args.validation_prompt or [None] * args.num_validation_images):
+        turn, index = divmod(i, len(dataset))
         captions = dataset[index]["captions"]
-        pairs.append((index, prompt or captions[i // len(dataset) % len(captions)]))
+        pairs.append((index, prompt or captions[turn % len(captions)]))
     return pairs
 
 
@@ -1132,13 +1118,19 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
             with network as transformer, accelerator.autocast():
                 latents = noise.to(accelerator.device)
                 rows[-1] += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
-        rows[-1].append(training_image(shown))
+        rows[-1].append(Image.new("RGB", rows[-1][0].size, "white"))
+        with contextlib.suppress(ValueError):  # an image that is gone by now stays white
+            rows[-1][-1] = training_image(shown)
     if not accelerator.is_main_process:
         return
-    save_samples([pictures[0] for pictures in rows] if step else [], args)
+    folder, samples = Path(args.output_dir) / "validation", Path(args.output_dir) / "samples"  # of the model card
+    for old in samples.glob("[0-9]*.png"):
+        old.unlink()
+    for made in (folder, samples):
+        made.mkdir(parents=True, exist_ok=True)
+    for number, (picture, *_) in enumerate(rows if step else []):
+        picture.save(samples / f"{number}.png")
     sheet = validation_sheet(rows, [f"step {step}: {prompt}" for _, prompt in pairs])
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
     sheet.save(folder / f"step-{step:06d}.png")
     logger.info(f"Validation picture: {folder}/step-{step:06d}.png")
     for tracker in accelerator.trackers:
@@ -1183,13 +1175,13 @@ def check_output_dir(args):
     """
     folder = Path(args.output_dir)
     checkpoints = list_checkpoints(folder)
-    if args.resume_from_checkpoint == "latest" and checkpoints:
+    latest, asked = args.resume_from_checkpoint == "latest", Path(args.resume_from_checkpoint or "").resolve()
+    if latest and checkpoints:
         return
-    if args.resume_from_checkpoint and Path(args.resume_from_checkpoint).resolve().parent == folder.resolve():
-        asked = [c for c in checkpoints if c.name == Path(args.resume_from_checkpoint).name]
-        if asked and checkpoints[-1] != asked[0]:
+    if args.resume_from_checkpoint and not latest and asked.parent == folder.resolve():
+        if asked.name in [path.name for path in checkpoints[:-1]]:
             raise ValueError(
-                f"--resume_from_checkpoint {asked[0]}: the steps from there on would be mixed with {checkpoints[-1].name}, which is "
+                f"--resume_from_checkpoint {asked}: the steps from there on would be mixed with {checkpoints[-1].name}, which is "
                 "later; give another --output_dir, or move the later checkpoints away."
             )
         return
@@ -1260,10 +1252,13 @@ class Training:
         for network, tensors in self.networks.items():
             save_weights(tensors, folder / network)
         if self.accelerator.is_main_process:
-            torch.save({"optimizer": self.optimizer.optimizer.state_dict(), **self.scaler_state()}, folder / OPTIMIZER_NAME)
+            self.write_states(self.optimizer.optimizer.state_dict(), folder / OPTIMIZER_NAME)
 
-    def scaler_state(self):
-        return {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
+    def write_states(self, state, path):
+        """Of the optimiser and the gradient scaler. Given a path, torch raises no OSError where the disk is full."""
+        scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
+        with path.open("wb") as file:
+            torch.save({"optimizer": state, **scaler}, file)
 
     def read(self, folder):
         """Loads what `write` wrote. Nothing in it can run code."""
@@ -1352,6 +1347,9 @@ def find_checkpoint(args):
 
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
+    shards = 1
+    if AcceleratorState().distributed_type == DistributedType.FSDP:  # its 8-bit states stay in files of their processes
+        shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
     return {
         "images": digest_of(dataset["image_hash"][:]),
         "captions": digest_of(dataset["captions"][:]),
@@ -1360,23 +1358,15 @@ def identity_of(args, dataset, cache):
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
         "images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
-        "shards of the weights": shards_of(args),
+        "shards of the weights": shards,
     }
-
-
-def shards_of(args):
-    """For `identity_of`: how a checkpoint is split. FSDP's 8-bit states stay in files of their processes."""
-    if AcceleratorState().distributed_type != DistributedType.FSDP:
-        return 1
-    return PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
 
 
 def sample_weights(args):
     """Checksum over samples of the files of the base's transformer, whose gigabytes are not read."""
-    base = Path(args.pretrained_model_name_or_path)
-    if not base.is_dir():
-        base = Path(snapshot_download(str(base), revision=args.revision, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
-    files = sorted(base.glob("transformer/*.safetensors"))
+    base, patterns = args.pretrained_model_name_or_path, ["transformer/*.json", "transformer/*.safetensors"]
+    base = base if os.path.isdir(base) else snapshot_download(base, revision=args.revision, allow_patterns=patterns)
+    files = sorted(Path(base).glob("transformer/*.safetensors"))
     return sample_files(p for p in files if len(p.name.split(".")) == (3 if args.variant else 2) and f".{args.variant or ''}" in p.name)
 
 
@@ -1460,12 +1450,11 @@ def save_checkpoint(training, args, step):
         state = {"step": step, "script": Path(__file__).name, "settings": vars(args), "identity": training.identity, "files": files}
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
         write_through(aside / STATE_NAME)
+        old = folder / f".checkpoint-{step}.old.tmp"
         if final.exists():  # a damaged one, which was passed over
-            final.rename(old := folder / f".checkpoint-{step}.old.tmp")
-            aside.rename(final)
-            shutil.rmtree(old)
-        else:
-            aside.rename(final)
+            final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         whole = [path for path in list_checkpoints(folder) if step_of(path) <= step]
         for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
             shutil.rmtree(old)
@@ -1473,30 +1462,21 @@ def save_checkpoint(training, args, step):
 
 
 def resume(training, state):
-    """Loads a checkpoint, if there is one. Returns the step to start from.
-
-    Raises:
-        InputError: it cannot be loaded, though its checksums are right.
-    """
+    """Loads a checkpoint, if there is one. Returns the step to start from."""
     if not state:
         return 0
-    checkpoint = state["path"]
-    try:
-        training.read(checkpoint)
-        training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
-    except Exception as error:  # whatever somebody put there
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"--resume_from_checkpoint {checkpoint} cannot be loaded ({reason}).") from error
-    logger.info(f"Resumed from {checkpoint} at step {state['step']}.")
+    with blamed_on(f"--resume_from_checkpoint {state['path']} cannot be loaded"):  # though its checksums are right
+        training.read(state["path"])
+    training.lr_scheduler.last_epoch = state["step"]  # the rate of that step came with the optimiser
+    logger.info(f"Resumed from {state['path']} at step {state['step']}.")
     return state["step"]
 
 
 def report_disk(training, args, first_step):
     """Logs how much the checkpoints to come take, and warns if the disk has less."""
-    tensors = [t for network in training.networks.values() for t in network.values()]
     # student and teacher; the optimiser's states take at most two numbers in fp32 for each trained one
     trained = sum(p.nbytes for group in training.optimizer.param_groups for p in group["params"])
-    size = sum(t.nbytes for t in tensors) + 2 * trained
+    size = sum(t.nbytes for network in training.networks.values() for t in network.values()) + 2 * trained
     count = math.ceil((args.max_train_steps - first_step) / args.checkpointing_steps)
     kept = min(count, args.checkpoints_total_limit or count)
     needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
@@ -1510,12 +1490,10 @@ def report_disk(training, args, first_step):
 def public_settings(args):
     """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone, as .../NAME,
     which is no folder that another run could take for it."""
-
-    def shown(value):
-        return f".../{Path(value).name}" if isinstance(value, str) and os.path.isabs(value) else value
-
     own = args.context_cache_dir == os.path.join(args.output_dir, "contexts")  # another run has another folder
-    return {name: shown(value) for name, value in vars(args).items()} | ({"context_cache_dir": None} if own else {})
+    texts = "instance_prompt", "teacher_prompt_suffix"
+    shown = {n: f".../{Path(v).name}" if isinstance(v, str) and os.path.isabs(v) and n not in texts else v for n, v in vars(args).items()}
+    return shown | ({"context_cache_dir": None} if own else {})
 
 
 def settings_to_share(args):
@@ -1542,12 +1520,9 @@ def save_lora(pipeline, transformer, targets, args, folder):
     if not PartialState().is_main_process:
         return
     aside = Path(folder) / ".lora.tmp"
-    pipeline.save_lora_weights(
-        aside,
-        transformer_lora_layers=lora_state_dict(transformer),
-        weight_name=LORA_WEIGHT_NAME,
-        transformer_lora_adapter_metadata={"r": args.rank, "lora_alpha": args.rank, "target_modules": targets},
-    )
+    metadata = {"r": args.rank, "lora_alpha": args.rank, "target_modules": targets}
+    options = {"weight_name": LORA_WEIGHT_NAME, "transformer_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(aside, transformer_lora_layers=lora_state_dict(transformer), **options)
     apply_umask(aside / LORA_WEIGHT_NAME)
     os.replace(aside / LORA_WEIGHT_NAME, Path(folder) / LORA_WEIGHT_NAME)
     aside.rmdir()
@@ -1566,44 +1541,24 @@ def save_repository_files(pipeline, args):
 
 
 # ------------------------------------------------------------------------------------------------------ card and push
-def save_samples(pictures, args):
-    """Replaces the pictures of the model card's gallery."""
-    folder = Path(args.output_dir) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):
-        old.unlink()
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number}.png")
-
-
 def gallery(dataset, args):
-    """File name -> prompt of the pictures that `save_samples` writes."""
+    """File name -> prompt of the pictures in `samples` that `log_validation` writes."""
     pairs = validation_pairs(dataset, args) if args.validation_steps else []
     return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
 
 
 def card_data(args, samples, tags):
     """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
-    base, licence = args.pretrained_model_name_or_path, {}
-    local, prompt = Path(base).is_dir(), args.instance_prompt
-    task = "image-to-image" if args.reference_column else "text-to-image"
+    base, licence, prompt = args.pretrained_model_name_or_path, {}, args.instance_prompt
+    local, task = Path(base).is_dir(), "image-to-image" if args.reference_column else "text-to-image"
     with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
-        card = Path(base) / "README.md"
-        if not local:
-            offline = not args.push_to_hub
-            card = hf_hub_download(base, card.name, revision=args.revision, local_files_only=offline)
-        data = ModelCard.load(card).data
+        options = {"revision": args.revision, "local_files_only": not args.push_to_hub}
+        data = ModelCard.load(Path(base) / "README.md" if local else hub.hf_hub_download(base, "README.md", **options)).data
         licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
     widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
-    return ModelCardData(
-        base_model=None if local else base,  # the Hub refuses what is no repository
-        library_name="diffusers",
-        pipeline_tag=task,
-        tags=[task, "diffusers", "d-opsd", *tags],
-        instance_prompt=prompt,
-        widget=widget or None,
-        **licence,
-    )
+    what = {"library_name": "diffusers", "pipeline_tag": task, "tags": [task, "diffusers", "d-opsd", *tags]}
+    base = None if local else base  # the Hub refuses what is no repository
+    return hub.ModelCardData(base_model=base, instance_prompt=prompt, widget=widget or None, **what, **licence)
 
 
 def training_command(args):
@@ -1614,6 +1569,8 @@ def training_command(args):
     for name, value in public_settings(args).items():
         if value is True:
             words.append(f"--{name}")
+        elif str(value).startswith("-"):
+            words.append(f"--{name}={value}")
         elif value not in (None, defaults[name]):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
@@ -1668,9 +1625,8 @@ def save_card(args, samples, step, name, about, loading, tags):
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
     given = "text and reference images" if args.reference_column else "text alone"
-    way = "as a reference image"
-    if args.teacher_context == "vlm":
-        way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}"
+    vlm = args.teacher_context == "vlm"
+    way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}" if vlm else "as a reference image"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -1723,7 +1679,7 @@ def push(args, step, save_card, files, message):
     Raises:
         InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
     """
-    name, folder, client = repository_name(args), Path(args.output_dir), get_session()
+    name, folder, client = repository_name(args), Path(args.output_dir), hub.get_session()
     asked = []
 
     def stop(request):
@@ -1735,16 +1691,16 @@ def push(args, step, save_card, files, message):
     # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
     hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]  # without that of the push before
     limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
-    set_client_factory(lambda: type(client)(**limits))
+    hub.set_client_factory(lambda: type(client)(**limits))
     try:
-        repo = create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        if args.hub_private_repo and not model_info(repo).private:
+        repo = hub.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        if args.hub_private_repo and not hub.model_info(repo).private:
             raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
         # upload_folder may make several commits
         paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
-        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
-        create_commit(repo, additions, commit_message=message)
+        additions = [hub.CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        hub.create_commit(repo, additions, commit_message=message)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -1789,9 +1745,9 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
         return
     try:
         validate_repo_id(name)
-        cached = isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
+        cached = isinstance(hub.try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str)
         if not cached and not is_offline_mode():
-            HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
+            hub.repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
     except Exception as error:  # also of the network
         reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
         reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
@@ -1931,13 +1887,11 @@ def check_inputs(args):
     check_output_dir(args)
     state = find_checkpoint(args)
     if args.attention_backend:
-        try:
-            with attention_backend(args.attention_backend):
-                pass
-        except RuntimeError as error:
-            raise ValueError(f"--attention_backend {args.attention_backend}: {error}") from error
+        with blamed_on(f"--attention_backend {args.attention_backend}"), attention_backend(args.attention_backend):
+            pass
     if args.push_to_hub:
-        validate_repo_id(repository_name(args))
+        with blamed_on("--hub_model_id"):
+            validate_repo_id(repository_name(args))
     check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         family = family_of(args.pretrained_model_name_or_path, args.revision)
@@ -1948,8 +1902,7 @@ def check_inputs(args):
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
-    dataset = inspect_images(read_dataset(args), buckets, args)
-    dataset = with_mirrored(dataset) if args.random_flip else dataset
+    dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
         micro_steps = args.num_train_epochs * len(batches)
@@ -1984,6 +1937,8 @@ def check_inputs(args):
 # ------------------------------------------------------------------------------------------------------------- models
 def make_accelerator(args):
     """Accelerator, logging and seeds; `args.mixed_precision` becomes what accelerate resolved it to."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError("DeepSpeed is not supported: launch with a --config_file of examples/accelerate, or run `accelerate config` anew.")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -2013,9 +1968,8 @@ def quantization_config(component, kind, library):
         return None
     whole = ["visual", "lm_head"]  # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
     if kind == "nf4":
-        config = library.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=whole
-        )
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16, "llm_int8_skip_modules": whole}
+        config = library.BitsAndBytesConfig(load_in_4bit=True, **options)
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -2027,15 +1981,9 @@ def load_for_training(family, args, quantization_config=None):
     """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
     logger.info("Loading the transformer.")
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        pipeline = family.from_pretrained(
-            args.pretrained_model_name_or_path,
-            text_encoder=None,
-            tokenizer=None,
-            revision=args.revision,
-            variant=args.variant,
-            dtype=weight_dtype_of(args),
-            quantization_config=quantization_config,
-        )
+        weights = {"variant": args.variant, "dtype": weight_dtype_of(args), "quantization_config": quantization_config}
+        options = {"revision": args.revision, "text_encoder": None, "tokenizer": None, **weights}
+        pipeline = family.from_pretrained(args.pretrained_model_name_or_path, **options)
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
@@ -2051,13 +1999,8 @@ def place_for_training(pipeline, args, accelerator):
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
-    keep_dtype_of_norms(pipeline.transformer)
-
-
-def keep_dtype_of_norms(transformer):
-    """Makes norms answer in the dtype that they are given, as in inference: CUDA's autocast would give fp32, which attention
-    and quantised layers would go on with."""
-    for module in transformer.modules():
+    # norms answer in the dtype that they are given, as in inference: attention and quantised layers would go on in autocast's fp32
+    for module in pipeline.transformer.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
@@ -2116,23 +2059,20 @@ def offload_blocks(blocks, device):
 
     Empty weights stand on `device` in between. What the backward of a recomputed block needs, its graph holds.
     """
+
+    def place(home, here):
+        for layer, name, weight in home:
+            weight = weight.to(device, non_blocking=True, copy=True) if here else weight.new_empty(0, device=device)
+            setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
+
     for block in blocks:
         home = [(layer, name, p.data) for layer in block.modules() for name, p in layer.named_parameters(recurse=False)]
         if device.type == "cuda":
             home = [(layer, name, weight.pin_memory()) for layer, name, weight in home]
-
-        def fetch(*_, home=home):
-            for layer, name, weight in home:
-                setattr(layer, name, torch.nn.Parameter(weight.to(device, non_blocking=True, copy=True), requires_grad=False))
-
-        def release(*_, home=home):
-            for layer, name, weight in home:
-                setattr(layer, name, torch.nn.Parameter(weight.new_empty(0, device=device), requires_grad=False))
-
-        release()
-        block.register_forward_pre_hook(fetch)
+        place(home, False)
+        block.register_forward_pre_hook(lambda *_, home=home: place(home, True))
         # a recomputation ends with an exception as soon as all that the backward needs is there
-        block.register_forward_hook(release, always_call=True)
+        block.register_forward_hook(lambda *_, home=home: place(home, False), always_call=True)
 
 
 def add_lora(pipeline, targets, args):
@@ -2169,14 +2109,8 @@ def make_optimizer(parameters, args, optimizer_class=None):
 
 def make_lr_scheduler(optimizer, args):
     """Learning-rate schedule in optimisation steps."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
 # ------------------------------------------------------------------------------------------------------------ logging
@@ -2189,10 +2123,8 @@ def peak_memory_gib(device):
 def check_finite(losses, grad_norm=0.0):
     """Stops a run that has diverged, before a checkpoint is written."""
     if not all(map(math.isfinite, [*losses, grad_norm])):
-        raise InputError(
-            f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept. Lower "
-            "--learning_rate or use --mixed_precision bf16."
-        )
+        told = f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept."
+        raise InputError(f"{told} Lower --learning_rate or use --mixed_precision bf16.")
 
 
 def log_steps(pending, started, bar, args, training):
@@ -2244,10 +2176,11 @@ class Stop:
     launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
 
     def __init__(self):
-        self.number, self.since, self.training = 0, 0.0, False
+        self.number, self.since, self.training, self.process = 0, 0.0, False, None
 
     def listen(self):
         """To be called once, by the main thread of a process."""
+        self.process = os.getpid()
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks one
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
@@ -2267,10 +2200,12 @@ class Stop:
 
     def note(self, number, frame):
         name, now = signal.Signals(number).name, time.monotonic()
+        if os.getpid() != self.process:  # a worker, which datasets ends so
+            os._exit(128 + number)
         if self.number and now - self.since < 1:
             return
         if self.number or not self.training:
-            os.write(2, f"\nStopped by {name}. What was written is kept; the same command goes on from it.\n".encode())
+            os.write(2, f"\nStopped by {name}. What was written is kept; run the command again, from a checkpoint on with --resume_from_checkpoint latest.\n".encode())
             os._exit(128 + number)
         os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
         self.number, self.since = number, now
@@ -2328,7 +2263,7 @@ def explain_failures(savings, folder):
 
 
 # ----------------------------------------------------------------------------------------------------------- training
-def train(pipeline, training, dataset, cache, first_step, publish, args):
+def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish, args):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     accelerator, transformer, teacher, optimizer = training.accelerator, training.transformer, training.teacher, training.optimizer
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -2339,7 +2274,7 @@ def train(pipeline, training, dataset, cache, first_step, publish, args):
     if validating and (first_step % args.validation_steps == 0 or first_step == args.max_train_steps):
         validate(first_step)
     rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
-    layouts, prior_prompts = layouts_of(dataset, args), read_prior_prompts(args)
+    layouts = layouts_of(dataset, args)
 
     def batch_at(micro_step):
         draws = draw_batch(layouts, args, micro_step, accelerator.process_index, accelerator.num_processes)
@@ -2398,8 +2333,7 @@ def main(args):
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
         if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
-            raise ValueError("--push_to_hub: others do not have the folder that is the base; give --pretrained_model_name_or_path its id on "
-                             "the Hub.")  # fmt: skip
+            raise ValueError("--push_to_hub: others do not have the base's folder; give --pretrained_model_name_or_path its id on the Hub.")
         check_packages(args)
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
@@ -2435,7 +2369,8 @@ def main(args):
         if accelerator.is_main_process:
             accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
         publish = functools.partial(publish_lora, pipeline, save, gallery(dataset, args), args, accelerator)
-        train(pipeline, training, dataset, cache, first_step, publish, args)
+        prior_prompts = [caption for index, caption in pairs if index is None]  # as they were encoded
+        train(pipeline, training, dataset, prior_prompts, cache, first_step, publish, args)
         publish(args.max_train_steps)
         accelerator.end_training()
     if lock:

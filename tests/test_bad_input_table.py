@@ -342,6 +342,8 @@ OTHERS = [
     ({"no_such_flag": 1}, ["--no_such_flag"]),
     ({"report_to": "paper"}, ["--report_to"]),
     ({"variant": "fp99"}, ["--variant fp99"]),
+    ({"reference_column": "image"}, ["--reference_column", "--image_column"]),
+    ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, ["--learning_rate"]),
     ({"context_cache_dir": "a_file"}, ["--context_cache_dir", "a_file"]),
     ({"context_cache_dir": "a_file/contexts"}, ["--context_cache_dir", "a_file"]),
     ({"context_cache_dir": "/proc/contexts"}, ["--context_cache_dir", "/proc/contexts"]),
@@ -514,7 +516,7 @@ def test_prompts(train, error_of, place, tmp_path, changes, words):
 def test_combinations(train, error_of, tmp_path, changes, words):
     """What does not go together or is not there."""
     (tmp_path / "a_file").write_text("kept")
-    code = 2 if {"instance_data_dir", "dataset_name", "attention_backend", "no_such_flag", "report_to"} & changes.keys() else 1
+    code = 2 if {"instance_data_dir", "dataset_name", "attention_backend", "no_such_flag", "report_to", "reference_column", "lr_scheduler"} & changes.keys() else 1
     error_of(train, words, code=code, **changes)
     assert (tmp_path / "a_file").read_text() == "kept"
 

@@ -189,6 +189,20 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
     refused(trainer, output, "--overwrite_output_dir", resume_from_checkpoint="latest")  # there is none: it would start anew
 
 
+def test_resume_in_somebodys_project_is_refused(trainer, tmp_path, monkeypatch):
+    """Started in it by mistake, a training would replace its README.md; `latest` is no checkpoint there."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "README.md").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    refused(trainer, tmp_path, "no run of this script wrote", resume_from_checkpoint="latest")
+
+
+def test_link_to_a_checkpoint_is_that_checkpoint(trainer, output):
+    """The steps from there on would be mixed with those of a later checkpoint."""
+    (output / "best").symlink_to("checkpoint-1")
+    refused(trainer, output, "checkpoint-1", "checkpoint-3", resume_from_checkpoint=output / "best", max_train_steps=4)
+
+
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output, tmp_path):
     """--overwrite_output_dir on a folder with somebody's notes in it must not cost the notes."""
     for name in ("notes.txt", ".mine.tmp", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):
@@ -344,10 +358,8 @@ def test_full_disk_is_one_line_and_costs_nothing(trainer, output, monkeypatch):
     """The last good checkpoint and the result are what a full disk leaves."""
     before = content(output)
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer.module.torch, "save", full)
+    write = trainer.module.Training.write_states
+    monkeypatch.setattr(trainer.module.Training, "write_states", lambda self, state, path: write(self, state, Path("/dev/full")))
     with pytest.raises(script.InputError if trainer.module is script else ValueError, match=f"^{output}: .*No space left on device"):
         trainer(output, max_train_steps=4, resume_from_checkpoint="latest")
     left = content(output)
@@ -569,6 +581,18 @@ def test_parent_that_is_no_launcher_may_end(monkeypatch, words, watched):
     monkeypatch.setattr(script.threading, "Thread", lambda **kwargs: threads.append(kwargs) or SimpleNamespace(start=lambda: None))
     script.Stop().listen()
     assert len(threads) == watched
+
+
+def test_workers_end_without_a_word(monkeypatch):
+    """The end of a worker of `datasets` would read as that of the training, above the error that caused it."""
+    monkeypatch.setattr(script.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(script.os, "write", lambda *args: pytest.fail("a worker spoke"))
+    monkeypatch.setattr(script.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    stop = script.Stop()
+    stop.listen()
+    monkeypatch.setattr(script.os, "getpid", lambda: stop.process + 1)
+    with pytest.raises(SystemExit, match="143"):
+        stop.note(signal.SIGTERM, None)
 
 
 def test_resumed_run_makes_the_picture_that_a_signal_cut_off(train_any, tmp_path, monkeypatch):

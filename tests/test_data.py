@@ -70,6 +70,13 @@ def test_captions_in_metadata(read, tmp_path, form):
     assert sorted(read(instance_data_dir=folder)) == [["first, with comma"], ["second"]]
 
 
+def test_column_named_image_beside_file_name(read, tmp_path):
+    """Metadata of other programs has a column `image` with a name or a URL; the file is that of file_name."""
+    draw("ellipse", "blue").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": "IMG_1", "file_name": "a.png", "text": "one"}))
+    assert read(instance_data_dir=tmp_path) == [["one"]]
+
+
 def test_lists_of_captions_in_metadata(read, tmp_path):
     """Several captions per image are also possible in metadata.jsonl, in a column of any name."""
     folder = tmp_path / "images"
@@ -306,7 +313,7 @@ def test_students_context_is_encoded_and_stored_once_for_a_caption(train, tmp_pa
     assert students == ["a disc"] and len(encoded) == 8
 
 
-@pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer"])
+@pytest.mark.parametrize("part", ["vlm", "text_encoder", "tokenizer", "variant"])
 def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part):
     """Contexts of other encoder weights would be taken for those of these."""
     models = {"pretrained_model_name_or_path": tmp_path / "base", "vlm_model_name_or_path": tmp_path / "vlm"}
@@ -321,7 +328,9 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
 
     before = path()
     assert path() == before
-    if part == "tokenizer":
+    if part == "variant":
+        models["variant"] = "fp16"  # of files in the same folder
+    elif part == "tokenizer":
         config = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
         config.write_text(config.read_text() + "\n")
     else:
@@ -459,23 +468,23 @@ def test_changed_captions_cause_no_new_inspection(flags, tmp_path, monkeypatch):
     assert script.inspect_images(read_dataset(args), [(32, 32)], args)["captions"][1] == ["another caption"]
 
 
-def test_no_image_is_copied_into_a_cache(flags, tmp_path, monkeypatch):
-    """A dataset of 200 GB must not take 200 GB more."""
-    (tmp_path / "parquet").mkdir()
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_no_image_is_copied_into_a_cache(flags, tmp_path, mirrored):
+    """A dataset of 200 GB must not take 200 GB more, nor where an image of it is broken."""
     pictures = []
     for pixels in np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8):
         Image.fromarray(pixels).save(tmp_path / "noise.png")
         pictures.append({"bytes": (tmp_path / "noise.png").read_bytes(), "path": None})
+    pictures.insert(3, {"bytes": pictures[0]["bytes"][:1000], "path": None})  # a broken one
     features = Features({"picture": ImageFeature(), "text": Value("string")})
-    dataset = Dataset.from_dict({"picture": pictures, "text": ["a"] * 8}, features=features)
-    dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
+    (tmp_path / "parquet").mkdir()
+    Dataset.from_dict({"picture": pictures, "text": ["a"] * 9}, features=features).to_parquet(tmp_path / "parquet" / "train.parquet")
     changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet", "image_column": "picture"}
-    args = script.parse_args(flags(tmp_path / "out", **changes))
-    dataset = read_dataset(args)
-    before = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
-    dataset = script.inspect_images(dataset, [(32, 32)], args)
-    after = sum(Path(f["filename"]).stat().st_size for f in dataset.cache_files)
-    assert before > 8 * 256 * 256 * 3 and after - before < 20_000
+    args = script.parse_args(flags(tmp_path / "out", "--skip_broken_images", **changes))
+    size = lambda dataset: sum(Path(name).stat().st_size for name in {f["filename"] for f in dataset.cache_files})  # noqa: E731
+    before = size(dataset := read_dataset(args))
+    dataset = script.inspect_images(dataset, [(32, 32)], args, mirrored)
+    assert len(dataset) == (16 if mirrored else 8) and before > 8 * 256 * 256 * 3 and size(dataset) - before < 20_000
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypatch):

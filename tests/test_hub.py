@@ -344,5 +344,5 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         assert "--hub_" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"):  # a folder, which others lack
         script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
-    with pytest.raises(ValueError, match="bad name!"):
+    with pytest.raises(ValueError, match="^--hub_model_id.*bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))

@@ -289,15 +289,19 @@ def test_model_card_of_a_run_without_network(trained, base):
 
 
 @pytest.mark.parametrize("module", [script, train_dopsd_full])
-def test_command_of_the_card_gives_the_run_again(module):
-    """A stranger who pastes it would get an error, or another training."""
+@pytest.mark.parametrize("text", ["in quotes 'a'", "/imagine a dog", "-style"])
+def test_command_and_settings_give_the_run_again(module, text, tmp_path):
+    """A stranger who uses them would get an error, or another training."""
     flags = ["--pretrained_model_name_or_path", "org/base", "--dataset_name", "org/pictures", "--output_dir", "my folder",
              "--validation_prompt", "a dog", "a 'quoted' cat", "--gradient_checkpointing"]  # fmt: skip
+    flags += [f"--instance_prompt={text}", f"--teacher_prompt_suffix={text}"]
     flags += ["--rank", "32", "--lora_alpha", "64"] if module is script else []  # the default of another rank
     args = module.parse_args(flags)
     words = shlex.split(module.training_command(args))
     assert words[:3] == ["accelerate", "launch", Path(module.__file__).name]
     assert vars(module.parse_args(words[3:])) == vars(args)
+    (tmp_path / "settings.json").write_text(json.dumps(module.public_settings(args)))
+    assert vars(module.parse_args(["--config", str(tmp_path / "settings.json")])) == vars(args)
 
 
 def test_family_is_known_by_the_base(base):

@@ -302,6 +302,31 @@ def test_prior_prompts_have_a_teacher_that_sees_no_image(given, train_any, pipel
     assert all(any(torch.equal(embeds, wanted) for wanted in expected) for embeds in student[2] + student[5])
 
 
+def test_prior_prompts_are_those_that_were_encoded(train_any, tmp_path, monkeypatch):
+    """Edited while contexts are encoded, for hours, they would end the run at the first one that has none."""
+    (tmp_path / "prior.txt").write_text("a red car")
+    encode = train_any.module.encode_contexts
+    monkeypatch.setattr(train_any.module, "encode_contexts", lambda *args: encode(*args) or (tmp_path / "prior.txt").write_text("a new one"))
+    train_any(tmp_path / "out", prior_prompts=tmp_path / "prior.txt", max_train_steps=3)
+
+
+def test_image_that_is_gone_ends_no_run(train_any, tmp_path, monkeypatch):
+    """The steps since the last checkpoint would be lost for the third column of a picture."""
+    common = {"max_train_steps": 1, "context_cache_dir": tmp_path / "contexts", "validation_steps": 1, "num_validation_images": 1}
+    train_any(tmp_path / "first", **common)
+    monkeypatch.setattr(train_any.module, "load_image", lambda source: (_ for _ in ()).throw(ValueError("gone")))
+    train_any(tmp_path / "out", **common)
+    sheet = Image.open(tmp_path / "out" / "validation" / "step-000001.png")
+    assert sheet.width > 3 * 32
+
+
+def test_deepspeed_is_refused(train_any, tmp_path, monkeypatch):
+    """Its error would come after all contexts are encoded."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported"):
+        train_any(tmp_path)
+
+
 def test_pictures_are_decoded_as_in_inference(train_any, tmp_path, monkeypatch):
     """Autocast would widen what the VAE holds, at 1024 pixels by a gigabyte, and change the pictures."""
     cast, decode = [], AutoencoderKL.decode

@@ -9,6 +9,7 @@ matching. It is then step-distilled to the four states of klein's own grid, on t
 """
 
 import json
+import sys
 
 import numpy as np
 import torch
@@ -21,7 +22,11 @@ from transformers import Qwen3ForCausalLM
 
 import build
 from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
-from pipeline_dopsd import DOPSDFlux2KleinPipeline
+
+
+sys.path.insert(0, str(build.HERE.parents[1]))
+
+from pipeline_dopsd import DOPSDFlux2KleinPipeline  # noqa: E402
 
 
 # what each training batch holds, in turn: the data and how the picture is shown
