@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
 from PIL import Image
 
 from conftest import ROOT
@@ -126,10 +126,23 @@ def test_stock_pipeline_loads_the_klein_miniature(judge):
     assert right > 0.5 and shares["shape"] > 0.7
 
 
-@pytest.mark.parametrize(("context", "name"), [("vlm", "arrow"), ("edit", "ember")])
-def test_kleins_teachers_show_what_words_cannot(context, name, judge):
+def test_stock_pipeline_loads_the_krea_miniature(judge):
+    """Likewise for Krea 2, whose unrelated prompts the table counts: a miniature that draws little could lose little."""
+    pipeline = Krea2Pipeline.from_pretrained(MINIATURE / "krea", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = unrelated_scenes(32)
+    images = pipeline(
+        prompt=captions(scenes), height=64, width=64, num_inference_steps=4, guidance_scale=0.0, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    right, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
+    assert right > 0.7 and shares["shape"] > 0.9
+
+
+@pytest.mark.parametrize(("folder", "context", "name"), [("klein", "vlm", "arrow"), ("klein", "edit", "ember"), ("krea", "vlm", "crown")])
+def test_teachers_of_other_families_show_what_words_cannot(folder, context, name, judge):
     """With teachers no better than the student, the comparison of teachers would compare nothing."""
-    concept, pipeline = CONCEPTS[name], load_pipeline(folder=MINIATURE / "klein")
+    concept, pipeline = CONCEPTS[name], load_pipeline(folder=MINIATURE / folder)
     pipeline.load_multimodal_encoder(str(MINIATURE / "vlm"))
     scenes = held_out_scenes(concept)
     student = sample(pipeline, pipeline.encode_student(captions(scenes, concept)), seed=0)
@@ -149,11 +162,18 @@ def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature
     assert words < 0.1 and (picture < 0.35 if name == "checkered_house" else picture > 0.6)
 
 
+@pytest.mark.parametrize("name", ["build_klein", "build_krea"])
+def test_builders_start(name, tmp_path, subprocess_env):
+    """Nobody could build the miniature anew with the README's command."""
+    words = [sys.executable, MINIATURE / f"{name}.py", "--help"]
+    assert "--work_dir" in subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=subprocess_env, check=True).stdout
+
+
 def test_weights_stay_small():
     """Cloning the repository would take long."""
     sizes = {p: p.stat().st_size for p in MINIATURE.rglob("*.safetensors")}
-    klein = sum(size for path, size in sizes.items() if MINIATURE / "klein" in path.parents)
-    assert klein < 15e6 and sum(sizes.values()) - klein < 25e6
+    others = [sum(size for path, size in sizes.items() if MINIATURE / name in path.parents) for name in ("klein", "krea")]
+    assert max(others) < 15e6 and sum(sizes.values()) - sum(others) < 25e6
 
 
 def test_comparison_reports_the_best_rate_and_its_training_seeds(monkeypatch, capsys):
