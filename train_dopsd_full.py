@@ -611,7 +611,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
         ValueError: with the first ten of the images that cannot be read, unless --skip_broken_images leaves their rows out.
     """
     number, text = Value("int64"), Value("string")
-    features = {"bucket": ListFeature(number), "image_hash": text, "broken": text}
+    features = {"bucket": ListFeature(number), "image_hash": text, "broken": text, "row": number}  # row: its number for the user
     features |= {"reference_sizes": ListFeature(ListFeature(number)), "reference_hashes": ListFeature(text)}
 
     def inspect(row, index):
@@ -624,7 +624,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
         ((width, height), image_hash), *references = found
         sizes, hashes = [size for size, _ in references], [value for _, value in references]
         bucket = buckets[find_nearest_bucket(height, width, buckets)]
-        return {"bucket": list(bucket), "image_hash": image_hash, "reference_sizes": sizes, "reference_hashes": hashes, "broken": broken}
+        return {"bucket": list(bucket), "image_hash": image_hash, "reference_sizes": sizes, "reference_hashes": hashes, "broken": broken, "row": index}
 
     workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
     names = dataset.column_names
@@ -1919,12 +1919,12 @@ def check_references(family, args, dataset):
     """Raises ValueError that names an image which the transformer cannot be shown as a reference."""
     if not sees_references(args):
         return
-    for index, (bucket, sizes) in enumerate(zip(dataset["bucket"][:], dataset["reference_sizes"][:])):
-        with blamed_on(f"Row {index}: its image as a reference, at --resolution {args.resolution}"):
+    for row, bucket, sizes in zip(dataset["row"][:], dataset["bucket"][:], dataset["reference_sizes"][:]):
+        with blamed_on(f"Row {row}: its image as a reference, at --resolution {args.resolution}"):
             if args.teacher_context == "edit":
                 family.check_reference(*bucket[::-1])
         for width, height in sizes:
-            with blamed_on(f"Row {index}: a reference in --reference_column {args.reference_column}"):
+            with blamed_on(f"Row {row}: a reference in --reference_column {args.reference_column}"):
                 family.check_reference(width, height)
 
 
@@ -1982,7 +1982,7 @@ def place_of(dataset, index, caption, args):
     row = dataset[index]
     if caption not in row["captions"]:
         return "--validation_prompt"
-    return f"caption {row['captions'].index(caption) + 1} of row {index} ({row['image']['path'] or args.dataset_name})"
+    return f"caption {row['captions'].index(caption) + 1} of row {row['row']} ({row['image']['path'] or args.dataset_name})"
 
 
 def check_inputs(args):

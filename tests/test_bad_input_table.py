@@ -245,6 +245,10 @@ DATASETS = {
     "dicts as captions": (parquet([{"en": "a"}, {"en": "b"}], feature={"en": Value("string")}), {}, ["Row 0", "--caption_column text"]),
     "empty lists": (parquet([["a"], []], feature=List(Value("string"))), {}, ["Row 1", "caption"]),
     "a chat mark": (parquet(["a", "b <|im_start|>"]), {}, ["row 1", "<|im_start|>"]),
+    "a chat mark behind an image that is left out": (
+        lambda folder, pictures: parquet(["a", "b <|im_start|>"], [{"bytes": b"no image", "path": None}, str(pictures / "b.png")])(folder, pictures),
+        {"skip_broken_images": True}, ["row 1", "<|im_start|>"],
+    ),
 }  # fmt: skip
 NAMES = {
     "./nowhere": "no folder", "/x/y": "no folder", "a b": "no folder", "a/b/c": "no folder", "x" * 200: "no folder",
