@@ -2208,6 +2208,7 @@ def make_full_optimizer(parameters, args, sharded=False):
         return make_optimizer(parameters, args)
     from torchao.optim import AdamW8bit
 
+    logger.info("torchao compiles its AdamW in the first step, once on this machine; that takes a minute or more.")
     return make_optimizer(parameters, args, functools.partial(AdamW8bit, bf16_stochastic_round=args.stochastic_rounding))
 
 

@@ -241,8 +241,10 @@ def test_fused_run_does_not_complain_of_missing_gradients(train_full, tmp_path, 
     assert "gradients are zero" not in caplog.text
 
 
-def test_stochastic_rounding_keeps_small_updates():
-    """Plain bf16 weights do not move at the learning rates of fine-tuning: training would change almost nothing."""
+def test_stochastic_rounding_keeps_small_updates(caplog):
+    """Plain bf16 weights do not move at the learning rates of fine-tuning: training would change almost nothing. Without a word
+    about the compilation, the first step would look as if it hung."""
+    caplog.set_level("INFO", script.__name__)
     torch.manual_seed(0)
     start, rate, steps = torch.full((4096,), 0.5), 1e-5, 100
     moved = {}
@@ -254,6 +256,7 @@ def test_stochastic_rounding_keeps_small_updates():
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
         moved[stochastic] = (start - parameter.detach().float()).mean().item()
+        assert ("torchao compiles" in caplog.text) == stochastic
     assert moved[False] == 0.0
     assert moved[True] == pytest.approx(rate * steps, rel=0.2)  # as Adam moves a weight with a constant gradient
 
