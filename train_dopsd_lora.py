@@ -269,8 +269,8 @@ def with_config(parser, words):
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:
-            several = value if isinstance(value, list) else None
-            given[name] = [f"--{name}", *map(str, several)] if several else [f"--{name}{'' if value is True else f'={value}'}"]
+            single = [f"--{name}"] if value is True else [f"--{name}={value}"]
+            given[name] = [f"--{name}", *map(str, value)] if isinstance(value, list) else single
     merged = parser.parse_args([*itertools.chain(*given.values()), *words])
     alone = argparse.Namespace(**vars(merged) | {name: settings.get(name, parser.get_default(name)) for name in typed})
     left_out = {name for _, idle, names in IDLE_FLAGS for name in names if idle(merged) and not idle(alone)}
@@ -1118,9 +1118,11 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
             with network as transformer, accelerator.autocast():
                 latents = noise.to(accelerator.device)
                 rows[-1] += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
-        rows[-1].append(Image.new("RGB", rows[-1][0].size, "white"))
-        with contextlib.suppress(ValueError):  # an image that is gone by now stays white
-            rows[-1][-1] = training_image(shown)
+        try:
+            rows[-1].append(training_image(shown))
+        except ValueError as error:  # gone since the start: no reason to end a run
+            logger.warning(f"{error} It is white in the validation picture.")
+            rows[-1].append(Image.new("RGB", rows[-1][0].size, "white"))
     if not accelerator.is_main_process:
         return
     folder, samples = Path(args.output_dir) / "validation", Path(args.output_dir) / "samples"  # of the model card
@@ -2205,7 +2207,8 @@ class Stop:
         if self.number and now - self.since < 1:
             return
         if self.number or not self.training:
-            os.write(2, f"\nStopped by {name}. What was written is kept; run the command again, from a checkpoint on with --resume_from_checkpoint latest.\n".encode())
+            told = "What was written is kept. To go on, run the command again; from a checkpoint with --resume_from_checkpoint latest."
+            os.write(2, f"\nStopped by {name}. {told}\n".encode())
             os._exit(128 + number)
         os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
         self.number, self.since = number, now

@@ -426,6 +426,7 @@ def test_flags_without_effect(train, train_full, error_of, changes):
         ("rank", ["run.yaml cannot be read as YAML"]),
         ("config: other.yaml", ["run.yaml: there is no flag --config"]),
         ("mixed_precision: yes", ["--mixed_precision", "yes"]),
+        ("validation_prompt: []", ["--validation_prompt", "expected at least one argument"]),
         ("rank: much", ["--rank: must be a whole number", "not much"]),
         ("!!python/object/apply:os.system [exit]", ["run.yaml cannot be read as YAML"]),
         (None, ["run.yaml cannot be read as YAML"]),

@@ -310,14 +310,14 @@ def test_prior_prompts_are_those_that_were_encoded(train_any, tmp_path, monkeypa
     train_any(tmp_path / "out", prior_prompts=tmp_path / "prior.txt", max_train_steps=3)
 
 
-def test_image_that_is_gone_ends_no_run(train_any, tmp_path, monkeypatch):
-    """The steps since the last checkpoint would be lost for the third column of a picture."""
+def test_image_that_is_gone_ends_no_run(train_any, tmp_path, monkeypatch, caplog):
+    """The steps since the last checkpoint would be lost for the third column of a picture; a white one says nothing by itself."""
     common = {"max_train_steps": 1, "context_cache_dir": tmp_path / "contexts", "validation_steps": 1, "num_validation_images": 1}
     train_any(tmp_path / "first", **common)
     monkeypatch.setattr(train_any.module, "load_image", lambda source: (_ for _ in ()).throw(ValueError("gone")))
     train_any(tmp_path / "out", **common)
     sheet = Image.open(tmp_path / "out" / "validation" / "step-000001.png")
-    assert sheet.width > 3 * 32
+    assert sheet.width > 3 * 32 and "gone It is white in the validation picture" in caplog.text
 
 
 def test_deepspeed_is_refused(train_any, tmp_path, monkeypatch):
