@@ -58,7 +58,7 @@ def checked(flags, tmp_path_factory):
     def run(caption, suffix=""):
         args = script.parse_args(flags(folder, teacher_prompt_suffix=suffix))
         script.resolve_arguments(DOPSDZImagePipeline, args)
-        rows = Rows([{"bucket": [32, 32], "captions": [caption], "image": {"path": "a.png"}}])
+        rows = Rows([{"row": 1, "bucket": [32, 32], "captions": [caption], "image": {"path": "a.png"}}])
         script.check_contexts(DOPSDZImagePipeline, args, rows, [(0, caption)])
 
     return run
