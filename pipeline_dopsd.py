@@ -585,6 +585,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     default_teacher_max_pixels = 512 * 512
     default_num_inference_steps = 4
     distilled_bases = "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-9B"
+    distilled_unless_said = False
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default

@@ -41,12 +41,16 @@ def test_family_is_known_by_the_base(family, base, tmp_path):
         family_of(str(tmp_path))
 
 
+@pytest.mark.parametrize("said", [False, None], ids=["undistilled", "nothing"])
 @pytest.mark.families(*(name for name, family in FAMILIES.items() if family.knows_distilled))
-def test_undistilled_base_is_refused_before_weights_load(family, train_any, base, tmp_path, monkeypatch):
-    """It would learn from few-step pictures that are blurred to begin with, and its card would promise few steps."""
+def test_undistilled_base_is_refused_before_weights_load(family, train_any, base, said, tmp_path, monkeypatch):
+    """It would learn from few-step pictures that are blurred to begin with, and its card would promise few steps. diffusers, too,
+    takes a base that says nothing for an undistilled one."""
     monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     shutil.copytree(base, tmp_path / "undistilled")
-    index = json.loads((base / "model_index.json").read_text()) | {"is_distilled": False}
+    index = json.loads((base / "model_index.json").read_text()) | {"is_distilled": said}
+    if said is None:
+        del index["is_distilled"]
     (tmp_path / "undistilled" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"undistilled is not step-distilled.*Give .*{family.pipeline.distilled_bases[:20]}"):
         train_any(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "undistilled")
