@@ -48,6 +48,7 @@ from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of
 
 # flags of the training scripts that are honoured here
 DATA = ["instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "reference_column", "instance_prompt"]
+DATA += ["dataset_num_workers", "skip_broken_images"]
 DRAWING = [
     "pretrained_model_name_or_path", "revision", "variant", "encoder_quantization", "quantization", "resolution", "context_cache_dir", "context_dtype",
     "num_inference_steps", "attention_backend", "mixed_precision", "allow_tf32", "seed", "output_dir", "enable_vae_tiling",

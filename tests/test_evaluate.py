@@ -253,6 +253,14 @@ def test_flags_of_the_training_are_the_defaults(reported, encoders):
     assert args.context_cache_dir == str(reported.folder / "contexts")
 
 
+def test_broken_images_are_left_out_as_in_the_training(reported, tmp_path):
+    """A set that was trained with --skip_broken_images could not be looked at."""
+    settings = json.loads((reported.folder / script.SETTINGS_NAME).read_text()) | {"skip_broken_images": True, "dataset_num_workers": 2}
+    (tmp_path / script.SETTINGS_NAME).write_text(json.dumps(settings))
+    args = instruments.parse_args(["report", "--output_dir", str(tmp_path)])
+    assert (args.skip_broken_images, args.dataset_num_workers) == (True, 2)
+
+
 def test_folder_without_settings_is_named(tmp_path, capsys):
     """A misspelt folder would be answered with the name of a flag that the README says is not needed."""
     with pytest.raises(SystemExit):
