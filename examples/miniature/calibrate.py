@@ -161,7 +161,7 @@ def once(key, run, finished):
 
 def ranks(values):
     """Ranks from 0, of equal values their mean."""
-    values = np.asarray(values)
+    values = np.round(values, 6)
     return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
 
