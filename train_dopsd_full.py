@@ -2210,7 +2210,10 @@ def make_full_optimizer(parameters, args, sharded=False):
         return make_optimizer(parameters, args)
     from torchao.optim import AdamW8bit
 
-    logger.info("torchao compiles its AdamW in the first step, once on this machine; that takes a minute or more.")
+    if parameters[0].device.type == "cpu" and not sharded:  # compiling would take longer than it saves
+        AdamW8bit = type("AdamW8bit", (AdamW8bit,), {"step": torch.compiler.set_stance("force_eager")(AdamW8bit.step)})
+    else:
+        logger.info("torchao compiles its AdamW in the first step, once on this machine; that takes a minute or more.")
     return make_optimizer(parameters, args, functools.partial(AdamW8bit, bf16_stochastic_round=args.stochastic_rounding))
 
 
