@@ -317,8 +317,11 @@ class NativeEncoder(MultimodalEncoder):
         return self.before + image + prompt + self.after + ending
 
 
-def input_dtype(transformer: torch.nn.Module) -> torch.dtype:
-    """dtype of what `transformer` is given: that of its own weights, not of a LoRA's or of packed 4-bit ones."""
+def input_dtype(transformer: torch.nn.Module, device_type: str) -> torch.dtype:
+    """dtype of what `transformer` is given: autocast's, in which inference will be, or that of its own weights, not of a LoRA's or of
+    packed 4-bit ones."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     named = transformer.named_parameters()
     return next(p.dtype for name, p in named if p.is_floating_point() and ".lora_" not in name)
 
@@ -547,7 +550,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
             timestep: tensor between 0 (data) and 1000 (noise), scalar or one per image.
             contexts: one per image.
         """
-        dtype = input_dtype(transformer)
+        dtype = input_dtype(transformer, latents.device.type)
         images = list(latents.to(dtype).unsqueeze(2).unbind(0))
         time = (1000 - timestep.expand(len(images))) / 1000
         embeds = [c["prompt_embeds"].to(latents.device, dtype) for c in contexts]
@@ -716,7 +719,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
         The position ids of a batch are those of its first image: all contexts must have references of the same sizes.
         """
-        dtype, device = input_dtype(transformer), latents.device
+        dtype, device = input_dtype(transformer, latents.device.type), latents.device
         embeds = torch.stack([c["prompt_embeds"] for c in contexts]).to(device, dtype)
         tokens, references = self._pack_latents(latents), [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
         if references[0]:
@@ -854,7 +857,8 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
 
     def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
         """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`]."""
-        (batch, _, height, width), device, dtype = latents.shape, latents.device, input_dtype(transformer)
+        (batch, _, height, width), device = latents.shape, latents.device
+        dtype = input_dtype(transformer, device.type)
         embeds = [c["prompt_embeds"].to(device, dtype) for c in contexts]
         lengths, longest = [len(e) for e in embeds], max(map(len, embeds))
         mask = None  # more kernels of attention take none
@@ -895,13 +899,15 @@ class _FromRepository:
     """Way (b): the pipeline of a LoRA repository, which loads the base by its name and then the LoRA beside it.
 
     `DiffusionPipeline.from_pretrained` hands the folder or repository id to `register_to_config` once the pipeline stands.
-    The dtype of the base comes from the repository's config: `from_pretrained(dtype=...)` does not reach a custom class.
+    The dtype of the base comes from the repository's config: `from_pretrained(dtype=...)` does not reach a custom class, nor does
+    `revision`: `lora_revision` stands for it.
     """
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and self.config.get("base_model"):
-            self.load_lora_weights(kwargs["_name_or_path"], weight_name=LORA_WEIGHT_NAME, adapter_name="dopsd")
+            source = {"weight_name": LORA_WEIGHT_NAME, "revision": self.config["lora_revision"]}
+            self.load_lora_weights(kwargs["_name_or_path"], **source, adapter_name="dopsd")
 
 
 class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
@@ -919,11 +925,13 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
         num_inference_steps: int = 8,
         base_model: str = None,
         base_revision: str = None,
+        lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
         base = DiffusionPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         DOPSDZImagePipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
+        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**known, base_dtype=base_dtype)
 
 
 class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
@@ -944,12 +952,14 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         max_sequence_length: int = DOPSDFlux2KleinPipeline.stock_length,
         base_model: str = None,
         base_revision: str = None,
+        lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
         base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps, **base.encoding}
         DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
+        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**known, base_dtype=base_dtype)
 
 
 class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
@@ -970,12 +980,14 @@ class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
         num_inference_steps: int = 8,
         base_model: str = None,
         base_revision: str = None,
+        lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
         base = DOPSDKrea2Pipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
         DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, base_dtype=base_dtype)
+        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**known, base_dtype=base_dtype)
 
 
 # Base pipeline class, as a model_index.json names it -> family

@@ -1630,7 +1630,9 @@ def save_pipeline(transformer, family, args):
     save_weights(transformer.state_dict(), aside, weight_dtype_of(args))
     if not PartialState().is_main_process:
         return
-    transformer.save_config(aside)
+    # FSDP gives the class of what it shards another name
+    config = transformer.to_json_string().replace(f'"{type(transformer).__name__}"', f'"{family.transformer_class.__name__}"')
+    (aside / "config.json").write_text(config)
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     aside.rename(folder / "transformer")
     if not base.is_dir():
@@ -2346,14 +2348,19 @@ STOP = Stop()
 
 
 def full_savings(args):
-    """Flags that need less memory than `args`, those first that cost the least time and quality."""
+    """Flags that need less memory than `args` and go with the rest, those first that cost the least time and quality."""
+    # of the launcher: memory.py has no accelerator
+    sharded, several = os.environ.get("ACCELERATE_USE_FSDP") == "true", int(os.environ.get("WORLD_SIZE", 1)) > 1
+    unrounded = sharded or args.optimizer != "adamw" or args.mixed_precision != "bf16"
+    unfused = sharded or several or args.gradient_accumulation_steps > 1 or args.optimizer == "prodigy" or args.mixed_precision == "fp16"
     fused = "--fused_backward_pass --max_grad_norm 0" + (" --states_per_rollout 1" if args.states_per_rollout > 1 else "")
     every = {
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
-        "--stochastic_rounding": args.stochastic_rounding,
-        "--ema_device cpu": args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
-        fused: args.fused_backward_pass,
+        "--stochastic_rounding": args.stochastic_rounding or unrounded,
+        "--use_8bit_adam": args.stochastic_rounding or args.optimizer != "adamw" or not unrounded,
+        "--ema_device cpu": sharded or args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
+        fused: args.fused_backward_pass or unfused,
         "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
         "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
         "--ema_decay 1.0": args.ema_decay == 1.0,

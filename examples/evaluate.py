@@ -401,7 +401,7 @@ def encoder(flag, args, accelerator):
     try:
         yield loaded
     finally:
-        del loaded
+        del loaded.model
         free_memory()
 
 
@@ -487,6 +487,8 @@ def ways_of(family, dataset, args):
     many = {name: len(getattr(args, name) or []) > 1 for name in WAYS}
     if args.hidden_layer and not hasattr(family, "hidden_layer"):
         raise ValueError("--hidden_layer: this model reads several layers of the VLM.")
+    if args.hidden_layer and family.hidden_layer not in args.hidden_layer:  # what is trained is compared with
+        args.hidden_layer = [family.hidden_layer, *args.hidden_layer]
     ways = {}
     choices = itertools.product(contexts, images, args.teacher_max_pixels or [None], args.teacher_prompt_suffix or [None], args.hidden_layer or [None])
     for context, image, pixels, suffix, layer in choices:
@@ -601,6 +603,7 @@ def teacher(args, accelerator):
         pairs, drawings, files, ways = captions + new, {}, {}, ways_of(family, dataset, args)
         for way, _ in ways.values():
             check_prompts(family, way, dataset, pairs)
+            dopsd.check_references(family, way, dataset)
         caches = {name: dopsd.ContextCache(family, way) for name, (way, _) in ways.items()}
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
@@ -611,7 +614,8 @@ def teacher(args, accelerator):
             dopsd.encode_contexts(reader, way, caches[name], dataset, pairs, accelerator)
         students, teachers = zip(*(caches[name].paths(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs))
         files[name] = dict(zip(teachers, pairs))
-        for who, side, paths in (("student", "student", students), (name, f"teacher {way.teacher_context}", teachers)):
+        shown = f"teacher {way.teacher_context}" + (f", layer {layer}" if layer not in (None, getattr(family, "hidden_layer", None)) else "")
+        for who, side, paths in (("student", "student", students), (name, shown, teachers)):
             drawings.setdefault(who, [
                 Drawing(path, side, tuple(dataset[index]["bucket"]), args.seed + 1000 * seed + i, args.num_inference_steps, weights)
                 for i, (path, (index, _)) in enumerate(zip(paths, pairs)) for seed in range(args.noise_seeds)
@@ -672,6 +676,7 @@ def prompt_contexts(family, args, dataset, pairs, accelerator):
     try:
         check_prompts(family, way, dataset, [(0 if index is None else index, prompt) for index, prompt in pairs])
         way.teacher_context = "edit" if args.reference_column else None
+        dopsd.check_references(family, way, dataset)
         cache = dopsd.ContextCache(family, way)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error

@@ -111,7 +111,7 @@ def check_inputs(args, accelerator):
     """
     if accelerator.num_processes > 1:
         raise ValueError("train_sft.py runs in one process: launch it with python.")
-    dopsd.check_packages(args)
+    full.check_full_inputs(args, accelerator) if args.full else dopsd.check_packages(args)
     dopsd.check_output_dir(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     family = family_of(args.pretrained_model_name_or_path, args.revision)

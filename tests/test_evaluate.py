@@ -126,10 +126,13 @@ def drawn_by(monkeypatch):
     return count
 
 
-def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, capsys):
-    """A user would train with a worse teacher than they have, or with one that draws nothing."""
-    changes = {"teacher_max_pixels": [32 * 32, 16 * 16], "hidden_layer": [-2, -1], "teacher_image": ["target"]}
+def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, monkeypatch, capsys):
+    """A user would train with a worse teacher than they have, or with one that draws nothing. Pictures of one layer must not stand for
+    another, and the layer that is trained must be among them."""
+    changes = {"teacher_max_pixels": [32 * 32, 16 * 16], "hidden_layer": [-1], "teacher_image": ["target"]}
+    count = drawn_by(monkeypatch)
     record = evaluate("teacher", tmp_path, **changes)
+    assert sum(count) == (1 + 2 * 2) * 4 * 2  # student and ways, for each of the prompts and noises
     assert len(record["ways"]) == 2 * 2 and "vlm, target, 256 pixels, layer -1" in record["ways"]
     printed = capsys.readouterr().out
     assert record["verdict"] in printed and all(f"| {name} |" in printed for name in record["ways"])
@@ -296,6 +299,27 @@ def test_mistake_of_flags_is_one_line(tmp_path):
     words = ["report", "--output_dir", tmp_path, "--instance_data_dir", tmp_path, "--pretrained_model_name_or_path", "x", "--mixed_precision", "no"]
     with pytest.raises(SystemExit, match=f"^error: --output_dir {tmp_path} holds no result"):
         script.run(instruments.main, instruments.parse_args(list(map(str, words))))
+
+
+def test_memory_of_an_encoder_is_free_when_the_next_one_loads(encoders):
+    """Two encoders and the judge at once do not fit the card that the training needed."""
+    args = SimpleNamespace(image_encoder=str(encoders / "image"), encoding_batch_size=1)
+    with instruments.encoder("image_encoder", args, SimpleNamespace(device=torch.device("cpu"))) as look:
+        pass
+    assert not hasattr(look, "model")
+
+
+@pytest.mark.families("klein")
+def test_reference_that_the_model_does_not_take_is_named(evaluate, tmp_path):
+    """The training says so in one line; here it would come as a traceback after the encoders have loaded."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, side in (("target", 64), ("reference", 50)):
+        Image.new("RGB", (side, side)).save(folder / f"{name}.png")
+    row = {"file_name": "target.png", "reference_file_name": "reference.png", "text": "a square"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(script.InputError, match="Image too small"):
+        evaluate("teacher", tmp_path / "out", instance_data_dir=folder, resolution=64, reference_column="reference")
 
 
 def test_models_of_the_hub_are_found_without_torchvision(reported, encoders, base, images, tmp_path):

@@ -102,6 +102,12 @@ def test_mistake_ends_in_one_line(tmp_path, subprocess_env, base):
     assert last.startswith("error: ") and str(tmp_path / "empty") in last
 
 
+def test_rounding_without_bf16_is_refused(sft):
+    """The baseline's weights would stay in fp32, without what the flag says."""
+    with pytest.raises(ValueError, match="give --mixed_precision bf16"):
+        sft("out", "--full", "--stochastic_rounding")
+
+
 def test_flow_matching_loss_is_zero_for_the_true_velocity():
     """A wrong sign or time would weaken the baseline."""
 

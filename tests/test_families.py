@@ -126,7 +126,13 @@ def test_inputs_have_the_dtype_of_the_weights_not_of_the_lora(pipeline):
         if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
             module.weight = torch.nn.Parameter(module.weight.view(torch.uint8), requires_grad=False)
     assert any(p.dtype == torch.float32 for p in transformer.parameters())
-    assert input_dtype(transformer) == torch.bfloat16
+    assert input_dtype(transformer, "cpu") == torch.bfloat16
+
+
+def test_inputs_in_training_have_the_dtype_of_inference(pipeline):
+    """Weights of fp32 under autocast would be trained at other times than the saved bf16 model is run at."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert input_dtype(pipeline.transformer.float(), "cpu") == torch.bfloat16
 
 
 def test_cuda_autocast_does_not_widen_what_attention_gets(train, tmp_path, monkeypatch):
@@ -202,6 +208,15 @@ def drawn(trained):
 
 def picture(pipe, noise, **kwargs):
     return np.asarray(pipe(prompt=PROMPTS[0], latents=noise, height=32, width=32, **kwargs).images[0]).astype(int)
+
+
+def test_revision_of_the_lora_is_passed_on(family, trained, monkeypatch):
+    """from_pretrained's own does not reach it: who asks for an earlier checkpoint would be given the newest without a word."""
+    seen = []
+    monkeypatch.setattr(family.stock, "load_lora_weights", lambda self, source, **kwargs: seen.append(kwargs["revision"]))
+    for given in ({}, {"lora_revision": "abc"}):
+        DiffusionPipeline.from_pretrained(trained, trust_remote_code=True, **given)
+    assert seen == [None, "abc"]
 
 
 def test_lora_loads_in_all_ways(family, trained, drawn, base, pipeline):

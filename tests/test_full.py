@@ -156,6 +156,7 @@ def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch):
         command = [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *train_full.flags(tmp_path / "two", **flags)]
         run_processes(command, tmp_path, processes, **accelerate_environment("fsdp2.yaml"))
     two, ours = tmp_path / "two", weights_of(one)
+    assert (two / "transformer" / "config.json").read_text() == (one / "transformer" / "config.json").read_text()
     assert max((weight - ours[n]).abs().max() for n, weight in joined_shards(two / "checkpoint-3").items()) > 1e-4
     for theirs in (weights_of(two), joined_shards(two / "checkpoint-4")):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
@@ -178,6 +179,23 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path):
     assert max((w - before[n]).abs().max() for n, w in part.items()) > 1e-4
     shards = (tmp_path / "whole" / "checkpoint-3").glob("optimizer-*.bin")
     assert 0 < sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "transformer" / WEIGHTS).stat().st_size
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}], ids=["one", "ddp", "fsdp"])
+@pytest.mark.parametrize("given", ["", "--mixed_precision bf16", "--mixed_precision fp16 --use_8bit_adam", "--gradient_accumulation_steps 2"])
+def test_advice_after_running_out_of_memory_is_accepted(environment, given, monkeypatch):
+    """Each try costs minutes; a flag that the script refuses costs them for nothing."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    several, sharded = "WORLD_SIZE" in environment, "ACCELERATE_USE_FSDP" in environment
+    accelerator = SimpleNamespace(is_fsdp2=sharded, num_processes=1 + several, distributed_type="FSDP" if sharded else "NO")
+    monkeypatch.setattr(script, "check_packages", lambda *_: None)
+    advice = script.full_savings(memory.parse(given))
+    for flag in advice:
+        if not flag.startswith("a lower"):
+            args = memory.parse(f"{given} {flag}" + (" 2" if flag.endswith("steps") else ""))
+            script.check_full_inputs(args, accelerator)
+    assert len(advice) >= 3
 
 
 @pytest.fixture
