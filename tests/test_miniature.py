@@ -117,10 +117,9 @@ KLEIN = {"guidance_scale": 1.0, "text_encoder_out_layers": (1, 3, 4), "max_seque
 
 
 @pytest.mark.parametrize(
-    ("stock", "folder", "call", "least"),
-    [(Flux2KleinPipeline, "klein", KLEIN, (0.5, 0.7)), (Krea2Pipeline, "krea", {"guidance_scale": 0.0}, (0.7, 0.9))],
+    ("stock", "folder", "call"), [(Flux2KleinPipeline, "klein", KLEIN), (Krea2Pipeline, "krea", {"guidance_scale": 0.0})]
 )
-def test_stock_pipeline_loads_the_other_miniatures(judge, stock, folder, call, least):
+def test_stock_pipeline_loads_the_other_miniatures(judge, stock, folder, call):
     """Likewise for the other families; a miniature that draws little could lose little."""
     pipeline = stock.from_pretrained(MINIATURE / folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -129,7 +128,7 @@ def test_stock_pipeline_loads_the_other_miniatures(judge, stock, folder, call, l
         prompt=captions(scenes), height=64, width=64, num_inference_steps=4, output_type="np", generator=generator, **call
     ).images
     right, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
-    assert right > least[0] and shares["shape"] > least[1]
+    assert right > 0.7 and shares["shape"] > 0.85
 
 
 @pytest.mark.parametrize(("folder", "context", "name"), [("klein", "vlm", "arrow"), ("klein", "edit", "ember"), ("krea", "vlm", "crown")])
@@ -155,7 +154,7 @@ def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature
     assert words < 0.1 and (picture < 0.35 if name == "checkered_house" else picture > 0.6)
 
 
-@pytest.mark.parametrize("name", ["build_klein", "build_krea"])
+@pytest.mark.parametrize("name", ["build_klein", "build_krea", "compare", "editing"])
 def test_builders_start(name, tmp_path, subprocess_env):
     """Nobody could build the miniature anew with the README's command."""
     words = [sys.executable, MINIATURE / f"{name}.py", "--help"]

@@ -724,13 +724,13 @@ def stage_parser(description, stages):
     return parser
 
 
-def run_stages(stages, args, prefix=""):
+def run_stages(stages, args):
     """Runs the stage `args.stage` or, with `all`, those that have not run yet."""
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages if args.stage == "all" else [args.stage]:
-        done = args.work_dir / f"{prefix}{stage}.done"
+        done = args.work_dir / f"{stage}.done"
         if args.stage == "all" and done.exists():
             continue
         stages[stage](args)

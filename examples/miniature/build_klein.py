@@ -1,27 +1,26 @@
 """Builds the FLUX.2-klein miniature: the same world, VLM and latents, a Flux2Transformer2DModel that also takes reference images.
 
-    python examples/miniature/build_klein.py all --work_dir build/miniature       # after build.py
+    python examples/miniature/build_klein.py all --work_dir build/miniature
 
-Reads what build.py left in `--work_dir`. Rows of three kinds: a caption alone (`text`); a picture in the multimodal context
-(`vlm`); a picture as reference image (`edit`). The base learns the first two from the paths from noise to picture of the
-step-distilled Z-Image miniature, which takes far fewer steps than flow matching does from nothing, and the third by flow
-matching. It is then step-distilled to the four states of klein's own grid, on those paths for all three.
+Needs the Z-Image miniature of this folder and draws pictures as build.py does. Rows of three kinds: a caption alone (`text`); a
+picture in the multimodal context (`vlm`); pictures as reference images (`edit`). The transformer starts from the weights of
+Z-Image's where the layers correspond, and learns that model's steps from noise to picture, at the four states of klein's own
+grid; see paths.py.
 """
 
-import json
 import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from PIL import Image
 from tqdm import tqdm
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 import build
-from build import Run, device, image_processor, load_vae, load_vlm, read_data, read_tokenizer
+import paths
+import world
+from build import device
 
 
 sys.path.insert(0, str(build.HERE.parents[1]))
@@ -31,17 +30,18 @@ from pipeline_dopsd import DOPSDFlux2KleinPipeline  # noqa: E402
 
 # what each training batch holds, in turn: the data and how the picture is shown
 CYCLE = (
-    ("text", "text"), ("object", "edit"), ("object", "vlm"), ("style", "edit"),
-    ("text", "text"), ("object", "vlm"), ("object", "edit"), ("style", "vlm"),
+    ("text", "text"), ("object", "edit"), ("text", "text"), ("change", "edit"), ("object", "vlm"), ("text", "text"),
+    ("beside", "edit"), ("style", "vlm"), ("text", "text"), ("change", "edit"), ("beside", "vlm"), ("text", "text"), ("style", "edit"),
 )  # fmt: skip
-ROWS = {"text": 16384, "object": 16384, "style": 8192}
+CHANGES, BESIDE = 2560, 1280  # rows
 LAYERS, LENGTH = [1, 3, 4], 64
 
 
-def new_pipeline(args, transformer=None):
+def new_pipeline(transformer=None):
     """DOPSDFlux2KleinPipeline of the miniature's VLM and VAE. The batch norm holds one mean and one variance for all channels:
     the latents are then those of the Z-Image miniature."""
-    vlm, stock = load_vlm(args).cpu(), load_vae(args).cpu()
+    vlm = Qwen3VLForConditionalGeneration.from_pretrained(build.HERE / "vlm", dtype=torch.float32)
+    stock = AutoencoderKL.from_pretrained(build.HERE / "model", subfolder="vae", torch_dtype=torch.float32)
     text_encoder = Qwen3ForCausalLM(build.text_encoder_config(vlm))
     text_encoder.model.load_state_dict(vlm.model.language_model.state_dict())
     shared = ("down_block_types", "up_block_types", "block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
@@ -52,182 +52,135 @@ def new_pipeline(args, transformer=None):
     vae.bn.running_var.fill_(stock.config.scaling_factor**-2 - vae.config.batch_norm_eps)
     return DOPSDFlux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae.eval(), text_encoder=text_encoder.eval(),
-        tokenizer=read_tokenizer(args), transformer=transformer, text_encoder_out_layers=LAYERS, max_sequence_length=LENGTH,
+        tokenizer=Qwen2Tokenizer.from_pretrained(build.HERE / "vlm"), transformer=transformer, text_encoder_out_layers=LAYERS,
+        max_sequence_length=LENGTH,
     ).to(device())  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-@torch.no_grad()
 def stage_contexts(args):
-    """Text contexts of all rows, multimodal contexts and reference latents of the rows with pictures."""
-    pipeline = new_pipeline(args)
-    vlm = args.work_dir / "vlm" / "model"
-    for part in (image_processor(), read_tokenizer(args)):
-        part.save_pretrained(vlm)
-    pipeline.load_multimodal_encoder(str(vlm))
-    for kind, count in ROWS.items():
-        _, reference, rows = read_data(args, kind)
-        prompts = [row["prompt"] for row in rows[: args.rows(count)]]
-        out = {"text": [], "vlm": [], "edit": []}
-        for start in tqdm(range(0, len(prompts), 64), desc=f"contexts {kind}", mininterval=10):
-            chunk = prompts[start : start + 64]
-            out["text"] += [c["prompt_embeds"] for c in pipeline.encode_student(chunk)]
-            if kind != "text":
-                pictures = [Image.fromarray(p) for p in reference[start : start + len(chunk)]]
-                out["vlm"] += [c["prompt_embeds"] for c in pipeline.encode_teacher(chunk, pictures)]
-                out["edit"] += [pipeline.encode_references([p])["reference_0"] for p in pictures]
-        torch.save({k: torch.stack(v).half() for k, v in out.items() if v}, args.work_dir / f"klein_contexts_{kind}.pt")
+    """Contexts of all rows: of captions, and with pictures in the multimodal context and as reference images."""
+    pipeline = new_pipeline()
+    edit = lambda prompts, pictures: pipeline.encode_student(prompts, [[picture] for picture in pictures])  # noqa: E731
+    paths.write_contexts(args, "klein", pipeline, {"vlm": pipeline.encode_teacher, "edit": edit})
 
 
 @torch.no_grad()
-def stage_paths(args):
-    """States of the step-distilled Z-Image miniature after each of its steps, (rows, 4, 8, 16, 16); row i starts at `noise_of(i)`."""
-    transformer, data, sigmas = build.load_transformer(args, "distilled"), build.read_encoded(args), build.grid(4)
-    for kind, count in ROWS.items():
-        contexts, states = data[kind]["contexts"][: args.rows(count)], {}
-        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # equal lengths together: little padding
-        for start in tqdm(range(0, len(order), 64), desc=f"paths {kind}", mininterval=10):
-            rows = order[start : start + 64]
-            x, chosen = torch.stack([noise_of(i) for i in rows]).to(device()), build.to_contexts([contexts[i] for i in rows])
-            kept = []
-            for k in range(4):
-                velocity = build.velocity(transformer, x, sigmas[k].expand(len(rows)).to(device()), chosen)
-                x = x + (sigmas[k + 1] - sigmas[k]) * velocity
-                kept.append(x.half().cpu())
-            states |= dict(zip(rows, torch.stack(kept, 1)))
-        torch.save(torch.stack([states[i] for i in range(len(order))]), args.work_dir / f"klein_paths_{kind}.pt")
+def stage_edits(args):
+    """Changes of what a reference shows, whose result is what the Z-Image miniature draws of the full caption; and objects beside a
+    reference that has nothing to do with them, the last of two references or in the prompt."""
+    pipeline, known = new_pipeline(), torch.load(args.work_dir / "paths_object.pt", mmap=True)
+    pipeline.load_multimodal_encoder(str(build.HERE / "vlm"))
+    chunks = [range(start, start + 64) for start in range(0, paths.scaled(args, CHANGES), 64)]
+    changes = [[world.sample_change(np.random.default_rng([12, i])) for i in chunk] for chunk in chunks]
+    paths.write_paths(args, "change", lambda p: (p.encode_student([world.caption(after) for _, after, _ in chunk]) for chunk in tqdm(changes)))
+    found = {"edit": []}
+    for chunk, rows in zip(tqdm(chunks), changes):
+        pictures = [[Image.fromarray(world.render(before, i))] for i, (before, _, _) in zip(chunk, rows)]
+        found["edit"] += paths.halved(pipeline.encode_student([words for _, _, words in rows], pictures))
+    torch.save(found, args.work_dir / "klein_contexts_change.pt")
+
+    found, others = {"edit": [], "vlm": []}, build.read_data(args, "text")[0]
+    for chunk, (prompts, pictures) in zip(chunks[: paths.scaled(args, BESIDE) // 64], paths.read_rows(args, "object")):
+        beside = [Image.fromarray(others[i]) for i in chunk]
+        found["edit"] += paths.halved(pipeline.encode_student(prompts, [list(pair) for pair in zip(beside, pictures)]))
+        found["vlm"] += paths.halved(pipeline.encode_teacher(prompts, pictures, "vlm", [[picture] for picture in beside]))
+    torch.save(found, args.work_dir / "klein_contexts_beside.pt")
+    count = len(found["edit"])
+    torch.save({"contexts": known["contexts"][:count], "paths": known["paths"][:count].clone()}, args.work_dir / "paths_beside.pt")
 
 
-def noise_of(row):
-    return torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(row))
-
-
-class Rows:
-    """Batches of 64: contexts as the pipeline takes them, and points on the way from noise to picture."""
-
-    def __init__(self, args, pipeline):
-        load = lambda name: torch.load(args.work_dir / f"{name}.pt", mmap=True)  # noqa: E731
-        self.contexts = {kind: load(f"klein_contexts_{kind}") for kind in ROWS}
-        self.paths = {kind: load(f"klein_paths_{kind}") for kind in ROWS}
-        self.pictures = {kind: load(f"latents_{kind}") for kind in ROWS}
-        self.patchify = pipeline._patchify_latents
-
-    def context(self, kind, way, picks):
-        """One context per row of `picks`."""
-        encoded = self.contexts[kind]
-        contexts = [{"prompt_embeds": embeds} for embeds in encoded["vlm" if way == "vlm" else "text"][picks]]
-        if way == "edit":
-            for context, latents in zip(contexts, encoded["edit"][picks]):
-                context["reference_0"] = latents
-        return [{name: value.float().to(device()) for name, value in context.items()} for context in contexts]
-
-    def path(self, kind, picks, sigmas):
-        """State and velocity at `sigmas` (64,), on the straight pieces between the states of the Z-Image miniature."""
-        knots = build.grid(4)
-        states = torch.cat([torch.stack([noise_of(int(i)) for i in picks])[:, None], self.paths[kind][picks].float()], 1)
-        j = torch.bucketize(-sigmas, -knots, right=True).clamp(1, 4)
-        row = torch.arange(len(sigmas))
-        wide = lambda values: values.view(-1, 1, 1, 1)  # noqa: E731
-        velocity = (states[row, j - 1] - states[row, j]) / wide(knots[j - 1] - knots[j])
-        at = states[row, j] + wide(sigmas - knots[j]) * velocity
-        return self.patchify(at).to(device()), self.patchify(velocity).to(device())
-
-
-def velocity(pipeline, transformer, latents, sigmas, contexts):
-    with torch.autocast(device().type, torch.bfloat16):
-        return pipeline.velocity(transformer, latents, 1000 * sigmas.to(device()), contexts)
-
-
-# ------------------------------------------------------------------------------------------------- base and distillation
+# --------------------------------------------------------------------------------------------------------- transformer
 def new_transformer(args):
+    """The blocks of the Z-Image miniature: its refiners become the streams of the first block, and the last five blocks
+    compute feed-forward beside attention. One modulation serves all blocks of a kind; at first it changes nothing."""
+    donor = paths.Donor(args)
+    c = donor.transformer.config
     torch.manual_seed(args.seed)
-    return Flux2Transformer2DModel(
-        in_channels=32, num_layers=2, num_single_layers=5, attention_head_dim=32, num_attention_heads=6,
-        joint_attention_dim=len(LAYERS) * 128, axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False,
-    )  # fmt: skip
+    ours = Flux2Transformer2DModel(
+        in_channels=4 * c.in_channels, num_layers=2, num_single_layers=c.n_layers - 1, attention_head_dim=c.dim // c.n_heads,
+        num_attention_heads=c.n_heads, joint_attention_dim=len(LAYERS) * c.cap_feat_dim, axes_dims_rope=(4, 12, 12, 4),
+        rope_theta=int(c.rope_theta), guidance_embeds=False,
+    ).to(device())  # fmt: skip
+    # Z-Image's axes are position in the context, row, column; klein's are reference, row, column, position
+    rotary = torch.tensor([*range(4, 8), *range(8, 32), *range(4)])
+    heads = (torch.arange(c.n_heads)[:, None] * len(rotary) + rotary).flatten()
 
+    def put(weight, values, start=0):
+        weight[start : start + len(values), : values.shape[1]].copy_(values)
 
-def stage_base(args):
-    """Paths of the Z-Image miniature for captions and multimodal contexts, flow matching for reference images."""
-    pipeline = new_pipeline(args)
-    rows, transformer = Rows(args, pipeline), build.compiled(new_transformer(args))
-    run = Run(args, "klein_base", transformer, max(4, int(args.base_steps * args.scale)), 1.5e-3, ema_decay=0.998)
-    logs = {pair: [] for pair in CYCLE}
+    def put_attention(query, key, value, norms, block, scale):
+        attention = block.attention
+        put(query, attention.to_q.weight[heads] * scale)
+        put(key, attention.to_k.weight[heads] * scale)
+        put(value, attention.to_v.weight * scale)
+        for norm, known in zip(norms, (attention.norm_q, attention.norm_k)):
+            norm.weight.copy_(known.weight[rotary])
 
-    def loss_of(rng):
-        kind, way = pair = CYCLE[run.step % len(CYCLE)]
-        picks = rng.integers(len(rows.paths[kind]), size=64)
-        u = compute_density_for_timestep_sampling("logit_normal", 64, logit_mean=0.0, logit_std=1.0)
-        sigmas = 5 * u / (1 + 4 * u)  # the few steps of klein's grid all lie above 0.7
-        if way == "edit":
-            x0 = rows.patchify(rows.pictures[kind][picks].float()).to(device())
-            noise, s = torch.randn_like(x0), sigmas.view(-1, 1, 1, 1).to(device())
-            states, target = (1 - s) * x0 + s * noise, noise - x0
-        else:
-            states, target = rows.path(kind, picks, sigmas)
-        loss = F.mse_loss(velocity(pipeline, transformer, states, sigmas, rows.context(kind, way, picks)), target)
-        logs[pair].append(loss.item())
-        return loss
+    def put_stream(attention_layers, norms, out, feed_forward, block):
+        scale_msa, gate_msa, scale_mlp, gate_mlp = donor.modulation(block)
+        last_attention, last_feed_forward = donor.last_layers(block)
+        put_attention(*(layer.weight for layer in attention_layers), norms, block, block.attention_norm1.weight * (1 + scale_msa))
+        put(out.weight, gate_msa[:, None] * last_attention)
+        inner = feed_forward.linear_out.in_features
+        feed_forward.linear_out.weight.zero_()
+        put(feed_forward.linear_out.weight, gate_mlp[:, None] * last_feed_forward)
+        scale = block.ffn_norm1.weight * (1 + scale_mlp)
+        put(feed_forward.linear_in.weight, block.feed_forward.w1.weight * scale)
+        put(feed_forward.linear_in.weight, block.feed_forward.w3.weight * scale, inner)
 
-    run.train(loss_of)
-    build.save_transformer(transformer, run.path / "model")
-    run.finish(**{" ".join(pair): round(float(np.mean(v[-50:])), 4) for pair, v in logs.items() if v})
-
-
-def few_step_sigmas(pipeline):
-    """The pipeline's own four sigmas for 64 x 64 pixels, and 0."""
-    pipeline.few_step_grid(4, torch.empty(1, 32, 8, 8))
-    return pipeline.scheduler.sigmas.float()
+    with torch.no_grad():
+        ours.x_embedder.weight.copy_(donor.embedder.weight[:, donor.order])
+        norm, embedder = donor.transformer.cap_embedder
+        size = torch.cat([context["prompt_embeds"] for context in donor.contexts]).float().square().mean().sqrt()
+        ours.context_embedder.weight.mul_(0.1)
+        ours.context_embedder.weight[:, -c.cap_feat_dim :].copy_(embedder.weight * norm.weight / size)
+        for new, image, text in zip(ours.transformer_blocks, donor.blocks, (*donor.transformer.context_refiner, donor.blocks[1])):
+            a = new.attn
+            put_stream((a.to_q, a.to_k, a.to_v), (a.norm_q, a.norm_k), a.to_out[0], new.ff, image)
+            put_stream((a.add_q_proj, a.add_k_proj, a.add_v_proj), (a.norm_added_q, a.norm_added_k), a.to_add_out, new.ff_context, text)
+        for new, block in zip(ours.single_transformer_blocks, donor.blocks[2:], strict=True):
+            a, (scale_msa, gate_msa, scale_mlp, gate_mlp) = new.attn, donor.modulation(block)
+            joint, inner = a.to_qkv_mlp_proj.weight, a.mlp_hidden_dim
+            put_attention(*joint[: 3 * c.dim].chunk(3), (a.norm_q, a.norm_k), block, block.attention_norm1.weight * (1 + scale_msa))
+            scale = block.ffn_norm1.weight * (1 + scale_mlp)
+            put(joint, block.feed_forward.w1.weight * scale, 3 * c.dim)
+            put(joint, block.feed_forward.w3.weight * scale, 3 * c.dim + inner)
+            last_attention, last_feed_forward = donor.last_layers(block)
+            a.to_out.weight.zero_()
+            put(a.to_out.weight, torch.cat([gate_msa[:, None] * last_attention, gate_mlp[:, None] * last_feed_forward], 1))
+        scale = 1 + donor.seen[donor.final.adaLN_modulation]
+        ours.proj_out.weight.copy_(-(donor.final.linear.weight * scale)[donor.order])  # its velocity has the other sign
+        ours.norm_out.linear.weight.zero_()
+        times = torch.linspace(100, 1000, 64).to(device())
+        seen = torch.nn.functional.silu(ours.time_guidance_embed(times, None))
+        ones = (torch.linalg.pinv(seen, rtol=1e-3) @ torch.ones(64, 1).to(device())).mT  # 1 at all times: gates are open
+        for modulation, sets in ((ours.double_stream_modulation_img, 2), (ours.double_stream_modulation_txt, 2), (ours.single_stream_modulation, 1)):
+            layer = modulation.linear.weight.zero_().unflatten(0, (sets, 3, c.dim))  # shift, scale, gate
+            layer[:, 2] = ones
+        # klein's layers have no bias: that of Z-Image's first layer becomes the shift
+        shift = donor.embedder.bias / donor.seen[donor.embedder]
+        ours.double_stream_modulation_img.linear.weight[: c.dim].copy_(shift[:, None] * ones)
+    return ours
 
 
 def stage_distill(args):
-    """Regression of the secant velocity between neighbouring states of the few-step grid: four steps, no guidance."""
-    pipeline = new_pipeline(args)
-    rows, transformer = Rows(args, pipeline), build.load_transformer(args, "klein_base", Flux2Transformer2DModel)
-    knots = few_step_sigmas(pipeline)
-    run = Run(args, "klein_distilled", transformer, max(4, int(args.distill_steps * args.scale)), 1.2e-3, ema_decay=0.995)
-    logs = {way: [] for way in ("text", "vlm", "edit")}
-
-    def loss_of(rng):
-        kind, way = CYCLE[run.step % len(CYCLE)]
-        picks, k = rng.integers(len(rows.paths[kind]), size=64), torch.from_numpy(rng.integers(4, size=64))
-        (x, _), (after, _) = (rows.path(kind, picks, knots[n]) for n in (k, k + 1))
-        secant = (after - x) / (knots[k + 1] - knots[k]).view(-1, 1, 1, 1).to(device())
-        loss = F.mse_loss(velocity(pipeline, transformer, x, knots[k], rows.context(kind, way, picks)), secant)
-        logs[way].append(loss.item())
-        return loss
-
-    run.train(loss_of)
-    build.save_transformer(transformer, run.path / "model")
-    run.finish(**{way: round(float(np.mean(v[-50:])), 4) for way, v in logs.items() if v})
+    transformer = new_transformer(args)
+    pipeline, blocks = new_pipeline(transformer), [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for block in blocks:  # not the module, whose hooks would be compiled, too
+        block.forward = torch.compile(block.forward, dynamic=False)
+    # a block of two streams returns text and picture; one of a single stream has the picture behind the text, before references
+    picture_of = lambda output: output[1][:, : paths.TOKENS] if isinstance(output, tuple) else output[:, LENGTH : LENGTH + paths.TOKENS]  # noqa: E731
+    counterparts = paths.Counterparts(paths.z_image(), blocks, picture_of)
+    paths.distill(args, "klein", pipeline, CYCLE, counterparts, pack=pipeline._patchify_latents)
 
 
 def stage_export(args):
-    """`klein/` in fp16, in the Hub's layout of FLUX.2-klein."""
-    folder = args.output_dir / "klein"
-    pipeline = new_pipeline(args, Flux2Transformer2DModel.from_pretrained(args.work_dir / "klein_distilled" / "model"))
-    for component in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
-        component.half()
-    pipeline.transformer.register_to_config(_name_or_path="")  # it would be a path of this machine
-    pipeline.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "Flux2KleinPipeline"  # a base of the Hub names the stock class
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    transformer = Flux2Transformer2DModel.from_pretrained(args.work_dir / "klein_distilled" / "model")
+    paths.export(args, "klein", "Flux2KleinPipeline", new_pipeline(transformer))
 
 
-STAGES = {
-    "contexts": stage_contexts, "paths": stage_paths, "base": stage_base, "distill": stage_distill, "export": stage_export,
-}  # fmt: skip
-
-
-def main():
-    parser = build.stage_parser(__doc__, STAGES)
-    parser.add_argument("--base_steps", type=int, default=600)
-    parser.add_argument("--distill_steps", type=int, default=2500)
-    args = parser.parse_args()
-    args.rows = lambda count: max(64, int(count * args.scale) // 64 * 64)
-    build.run_stages(STAGES, args, prefix="klein_")
+STAGES = paths.STAGES | {"klein_contexts": stage_contexts, "klein_edits": stage_edits, "klein_distill": stage_distill, "klein_export": stage_export}
 
 
 if __name__ == "__main__":
-    main()
+    build.run_stages(STAGES, paths.stage_parser(__doc__, STAGES, distill_steps=2000).parse_args())

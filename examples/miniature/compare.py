@@ -205,6 +205,12 @@ CONTROLS = {
     "no_picture": Variant("the same, teacher shown no picture", stand_in=without_picture),
     "other": Variant("the same, teacher shown another picture of the set", flags={"teacher_image": "other"}),
 }  # fmt: skip
+REFERENCE = {"teacher_context": "edit", "teacher_prompt_suffix": ""}  # the miniature knows no sentences
+KLEIN = {
+    "edit": Variant("the same, teacher shown the picture as a reference", flags=REFERENCE),
+    "edit_other": Variant("the same, another picture of the set as a reference", flags=REFERENCE | {"teacher_image": "other"}),
+}  # fmt: skip
+CONTROLS |= KLEIN
 VARIANTS = METHODS | CONTROLS
 
 
@@ -299,7 +305,7 @@ def print_tables(found, best, tried, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["model", "klein", "krea"], default="model", help="the miniature of Z-Image, klein or Krea 2")
-    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=[name for name in VARIANTS if name not in KLEIN], help=f"{' and '.join(KLEIN)}: on klein alone")
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--training_seeds", type=int, default=3)
     trials.add_arguments(parser, "compare", seeds=8)

@@ -334,6 +334,17 @@ def sample_surroundings(rng, scene):
     return replace(scene, background=other.background, position=other.position, size=other.size)
 
 
+def sample_change(rng):
+    """A scene, the same with another colour, background or position, and the words that ask for it."""
+    before = sample_scene(rng)
+    attribute = str(rng.choice(["colour", "background", "position"]))
+    options = {"colour": COLOURS, "background": BACKGROUNDS, "position": POSITIONS}[attribute]
+    value = str(rng.choice([option for option in options if option != getattr(before, attribute)]))
+    place = "in the centre" if value == "centre" else f"at the {value}"
+    words = {"colour": f"a {value} thing", "background": f"a thing on a {value} background", "position": f"a thing {place}"}
+    return before, replace(before, **{attribute: value}), words[attribute]
+
+
 def caption(scene, rng=None, name=None, style_word=None):
     """Caption of `scene`. `rng` drops attributes at random, `name` stands for the object (its look then stays unsaid)."""
     keep = lambda p: rng is None or rng.random() < p  # noqa: E731
