@@ -2307,7 +2307,7 @@ def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish
         teacher.step()
 
         done = step + 1
-        pending.append((done, table, grad_norm.to(table), training.lr_scheduler.get_last_lr()[0]))
+        pending.append((done, table, grad_norm.to(table), float(training.lr_scheduler.get_last_lr()[0])))
         last, stopped = done == args.max_train_steps, STOP.asked(accelerator)
         showing = validating and (done % args.validation_steps == 0 or last) and not stopped
         saving = done % args.checkpointing_steps == 0 or last or stopped

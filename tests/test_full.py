@@ -279,6 +279,14 @@ def test_stochastic_rounding_keeps_small_updates():
     assert not torch._dynamo.utils.counters["frames"]
 
 
+def test_learning_rate_of_torchao_is_logged_as_it_was(train_full, tmp_path, monkeypatch):
+    """It is a tensor that the next step changes: steps that are logged together would show the last one's."""
+    rates = []
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, **kwargs: rates.append(values.get("lr")))
+    train_full(tmp_path, "--stochastic_rounding", mixed_precision="bf16", max_train_steps=3, lr_scheduler="linear", report_to="tensorboard", learning_rate=1e-3)
+    assert [round(rate, 6) for rate in rates if rate is not None] == [0.000667, 0.000333, 0.0]
+
+
 def test_compilation_of_a_sharded_optimiser_is_announced(caplog):
     """Without a word about it, the first step would look as if it hung."""
     caplog.set_level("INFO", script.__name__)
