@@ -1,12 +1,12 @@
 """D-OPSD for an editing model: klein's miniature learns a new edit from eight pairs, and keeps those that it knows.
 
     python examples/miniature/editing.py
-    python examples/miniature/editing.py --edits object --methods vlm sft
+    python examples/miniature/editing.py --edits style --methods vlm sft_prior
 
 The words "zorp the thing" turn the object of a reference into a purple outlined arrow, "quave the thing" draws the reference in the
 style ember; the rest of the picture stays. The student is given reference and words, the teacher the finished picture, too. All
-methods train the default LoRA for 1,152 transformer passes in batches of 2, as in compare.py, at the best of three learning rates
-(training seed 0). trials.py says where finished runs are kept.
+methods train the default LoRA for 1,152 transformer passes in batches of 2, as in compare.py, at three learning rates. trials.py
+says where finished runs are kept.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def figures_of(transformer, edit, seeds):
     pipeline.transformer, scenes = transformer, [result for _, result in pairs_of(edit)[1]]
     found = [new_edit(judge, sample(pipeline, new, seed), scenes, edit) for seed in seeds]
     figures = {name: [each[name] for each in found] for name in found[0]}
-    figures["known"] = [accuracy(judge, sample(pipeline, known, seed), known_edits()[2], UNRELATED)[0] for seed in seeds]
+    pictures = [sample(pipeline, known, seed) for seed in seeds]
+    for name, attributes in (("known", ["colour", "background", "position"]), ("all", UNRELATED)):
+        figures[name] = [accuracy(judge, each, known_edits()[2], attributes)[0] for each in pictures]
     return figures | {"unrelated": unrelated_accuracy(pipeline, judge, seeds)["right"]}
 
 
@@ -147,12 +149,8 @@ def run(job):
     return job[:-1], finished.get(record.stem) or json.loads(record.read_text())
 
 
-def worth(figures):
-    return sum(np.mean(figures[name]) for name in ("both", "known", "unrelated"))
-
-
-def print_table(edit, rows, args):
-    names = {"new": "new edit made", "kept": "rest kept", "both": "both", "known": "known edits right", "unrelated": "prompts alone right"}
+def print_table(edit, rows):
+    names = {"new": "new edit made", "kept": "rest kept", "both": "both", "known": "known edits: colour, background and position right", "all": "shape and pattern, too", "unrelated": "prompts alone right"}
     print(f"\n{edit}: {EDITS[edit][1]!r}\n\n| | learning rate | {' | '.join(names.values())} |\n" + "|---" * (len(names) + 2) + "|")
     for label, rate, seeds in rows:
         cells = [compare.interval([100 * np.mean(figures[name]) for figures in seeds]) if name in seeds[0] else "" for name in names]
@@ -161,30 +159,25 @@ def print_table(edit, rows, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", nargs="+", choices=list(EDITS), default=list(EDITS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--training_seeds", type=int, default=3)
+    parser.add_argument("--edits", nargs="+", choices=list(EDITS), default=["object"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["vlm", "edit", "sft"])
+    parser.add_argument("--training_seeds", type=int, default=1)
     trials.add_arguments(parser, "editing")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (edit, name, rate, seed, args)
+        for edit in args.edits for name in args.methods for rate in METHODS[name].rates for seed in range(args.training_seeds)
+    ]  # fmt: skip
+    found = {}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        tried, best = {}, {}
-        jobs = [(edit, name, rate, 0, args) for edit in args.edits for name in args.methods for rate in METHODS[name].rates]
         for (edit, name, rate, _), figures in pool.map(run, jobs):
-            tried[edit, name, rate] = figures
-            print(edit, name, rate, {key: round(100 * np.mean(values), 1) for key, values in figures.items()}, flush=True)
-        for edit in args.edits:
-            for name in args.methods:
-                best[edit, name] = max(METHODS[name].rates, key=lambda rate: worth(tried[edit, name, rate]))  # noqa: B023
-        jobs = [(edit, name, best[edit, name], seed, args) for edit in args.edits for name in args.methods for seed in range(args.training_seeds)]
-        found = {}
-        for (edit, name, _, _), figures in pool.map(run, jobs):
-            found.setdefault((edit, name), []).append(figures)
+            found.setdefault((edit, name, rate), []).append(figures)
     for edit in args.edits:
         rows = [("before", "", [figures_of(measuring(edit)[1].transformer, edit, range(args.seeds))])]
         rows += [(f"the teacher ({way}), training pairs", "", [teacher_figures(edit, way, range(args.seeds))]) for way in ("vlm", "edit")]
-        rows += [(METHODS[name].label, f"{best[edit, name]:g}", found[edit, name]) for name in args.methods]
-        print_table(edit, rows, args)
+        rows += [(METHODS[name].label, f"{rate:g}", found[edit, name, rate]) for name in args.methods for rate in METHODS[name].rates]
+        print_table(edit, rows)
 
 
 if __name__ == "__main__":
