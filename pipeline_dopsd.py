@@ -320,7 +320,7 @@ class NativeEncoder(MultimodalEncoder):
 def input_dtype(transformer: torch.nn.Module, device_type: str) -> torch.dtype:
     """dtype of what `transformer` is given: autocast's, in which inference will be, or that of its own weights, not of a LoRA's or of
     packed 4-bit ones."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     named = transformer.named_parameters()
     return next(p.dtype for name, p in named if p.is_floating_point() and ".lora_" not in name)
