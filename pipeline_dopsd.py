@@ -930,8 +930,7 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
     ):
         base = DiffusionPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         DOPSDZImagePipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps)
-        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**known, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
 
 
 class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
@@ -958,8 +957,7 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps, **base.encoding}
         DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
-        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**known, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
 
 
 class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
@@ -986,8 +984,7 @@ class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
         base = DOPSDKrea2Pipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
         DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
-        known = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**known, base_dtype=base_dtype)
+        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
 
 
 # Base pipeline class, as a model_index.json names it -> family

@@ -2215,7 +2215,7 @@ def make_full_optimizer(parameters, args, sharded=False):
     if parameters[0].device.type == "cpu" and not sharded:  # compiling would take longer than it saves
         AdamW8bit = type("AdamW8bit", (AdamW8bit,), {"step": torch.compiler.set_stance("force_eager")(AdamW8bit.step)})
     else:
-        logger.info("torchao compiles its AdamW in the first step, once on this machine; that takes a minute or more.")
+        logger.info("torchao compiles its AdamW in the first step, once on this machine; that takes a while.")
     return make_optimizer(parameters, args, functools.partial(AdamW8bit, bf16_stochastic_round=args.stochastic_rounding))
 
 
@@ -2362,7 +2362,7 @@ def full_savings(args):
         "--ema_device cpu": sharded or args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
         fused: args.fused_backward_pass or unfused,
         "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
-        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1 or args.fused_backward_pass,
         "--ema_decay 1.0": args.ema_decay == 1.0,
         "a lower --resolution": False,
     }

@@ -8,7 +8,8 @@
     python examples/benchmarks/memory.py command --gpu_gib 16 train_dopsd_full.py FLAGS
 
 `--gpu_gib` goes with each and stands for a card of that size in place of this machine's. All but `command` need no
-download; they print the tables of docs/full_fine_tuning.md and RESULTS.md. `command` reads the configs of the base, a folder or a Hub id, and no weights, images or captions.
+download; they print the tables of docs/full_fine_tuning.md and RESULTS.md. `command` reads the configs of the base, a folder or a
+Hub id, and no weights, images or captions.
 
 States of a step, two at most, run on PyTorch's meta device, which computes nothing, while the bytes of living tensors are counted. Images are
 taken to be square, captions with their chat to have 124 tokens, rows with --reference_column one reference, the VLM's image tokens to

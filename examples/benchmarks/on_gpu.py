@@ -5,9 +5,8 @@
     python examples/benchmarks/on_gpu.py --tiny --output tiny.md           # tiny models and K = 2: tries the command in some minutes
 
 Nothing is downloaded: weights are random, of the sizes that memory.py knows, and lie in a temporary folder (--work_dir, by default
-beside the table) while they are needed: two bytes for each parameter, 18 GB for
-FLUX.2-klein-9B, 26 for Krea-2-Turbo. The scripts' own code loads, quantises,
-encodes and trains them, so what it needs of the computer's memory is needed here, too. Each figure is of a fresh process. The cases are
+beside the table) while they are needed: two bytes for each parameter, 18 GB for FLUX.2-klein-9B, 26 for
+Krea-2-Turbo. The scripts' own code loads, quantises, encodes and trains them, so what it needs of the computer's memory is needed here, too. Each figure is of a fresh process. The cases are
 the recipes of examples/recipes that fit by calculation, on a larger card with the memory of the card that they are for, and settings of
 full fine-tuning that fit the card.
 

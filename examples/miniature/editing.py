@@ -133,7 +133,7 @@ def run(job):
     """Trains and measures one LoRA, unless that was done."""
     edit, name, rate, seed, args = job
     record = args.work_dir / f"{edit}-{name}-{rate:g}-seed{seed}.json"
-    finished = json.loads(args.finished.read_text()) if args.finished.exists() else {}
+    finished = json.loads(args.finished.read_text())
     if record.stem not in finished and not record.exists():
         torch.set_num_threads(1)
         variant, figures = METHODS[name], []

@@ -236,8 +236,9 @@ def export(args, name, stock_class, pipeline, **settings):
     folder = args.output_dir / name
     for component in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
         component.half()
-        component.config._name_or_path = ""  # it would be a path of this machine
-    pipeline.transformer.register_to_config(_name_or_path="")
+    for component in (pipeline.vae, pipeline.transformer):  # they would name a path of this machine
+        component.register_to_config(_name_or_path="")
+    pipeline.text_encoder.config._name_or_path = ""
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"_class_name": stock_class} | settings  # a base of the Hub names the stock class
