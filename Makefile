@@ -3,7 +3,8 @@
 # make test: lint, and the test suite
 # make test-slow: the tests that take minutes
 # make test-lowest: six of the test files with the lowest versions that requirements.txt allows, torch excepted
-# make lint: ruff alone
+# make lint: rules and format of ruff alone
+# make style: format the code, and mend what ruff can
 # make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py
 # make flags: write docs/flags.md
 # make help: this list. All need python3 and make alone
@@ -23,7 +24,7 @@ MINIATURE := examples/miniature
 COMMON := --pretrained_model_name_or_path $(MINIATURE)/model \
 	--instance_data_dir $(MINIATURE)/concepts/$(CONCEPT) --resolution 64 --train_batch_size 2 --rank 16 --lr_scheduler cosine --seed 0
 
-.PHONY: help demo report test test-slow test-lowest lint fix-copies flags
+.PHONY: help demo report test test-slow test-lowest lint style fix-copies flags
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -60,7 +61,7 @@ report: $(VENV)/.installed
 
 # two tests at a time, each on one core. What takes minutes is left out: make test-slow runs it
 test: $(VENV)/.installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
@@ -78,7 +79,10 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -q $(addprefix tests/test_,method.py contexts.py data.py output.py project.py bad_input.py)
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 fix-copies:
 	$(PYTHON) utils/fix_copies.py

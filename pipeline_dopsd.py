@@ -1,8 +1,8 @@
 # Copyright 2026 The D-OPSD training scripts authors. Licensed under the Apache License, Version 2.0.
 """D-OPSD pipelines: everything that training and inference must know about a model family, in one place.
 
-D-OPSD (https://arxiv.org/abs/2605.05204) fine-tunes step-distilled text-to-image models on their own few-step rollouts. A
-pipeline of this file is the stock diffusers pipeline plus
+D-OPSD (https://arxiv.org/abs/2605.05204) fine-tunes step-distilled text-to-image models on their own few-step
+rollouts. A pipeline of this file is the stock diffusers pipeline plus
 
 - the teacher's context: a VLM whose language model is the pipeline's own text encoder, or the model's own edit branch,
 - the few-step grid, the latents and the velocity, with the signs and times of the family,
@@ -72,7 +72,7 @@ from transformers.utils import cached_file
 
 LORA_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
-# ordinary prompts of many kinds, which a model goes on drawing as it does while it learns something else (--prior_prompts)
+# ordinary prompts of many kinds, which a model draws as before while it learns something else (--prior_prompts)
 PRIOR_PROMPTS = """
 a portrait photo of an elderly woman with silver hair, soft window light
 a man in a blue suit crossing a busy street in the rain
@@ -157,7 +157,7 @@ class MultimodalEncoder:
             file = cached_file(vlm_name_or_path, "chat_template.json")
             self.tokenizer.chat_template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
         if self.tokenizer.convert_ids_to_tokens(self.config.image_token_id) is None:
-            raise ValueError(f"{self.name} lacks files of its tokenizer, which has no token for images; fetch it anew.")
+            raise ValueError(f"{self.name} lacks files of its tokenizer, which knows no images; fetch it anew.")
         self.load_image_processor(max_pixels)
         self.model = None
 
@@ -190,7 +190,8 @@ class MultimodalEncoder:
         options = {"config": self.config.vision_config, "dtype": text_encoder.dtype, "output_loading_info": True}
         vision, found = VisionPart.from_pretrained(self.name, key_mapping={r"^(model\.)?visual\.": ""}, **options)
         if unseeing := sorted(f"visual.{name}" for name in found["missing_keys"]):
-            raise ValueError(f"The VLM {self.name} lacks weights of its vision part: {', '.join(unseeing[:3])}, ..; fetch it anew.")
+            missing = ", ".join(unseeing[:3])
+            raise ValueError(f"The VLM {self.name} lacks weights of its vision part: {missing}, ..; fetch it anew.")
         with torch.device("meta"):  # its language model would be gigabytes that are thrown away
             self.model = Qwen3VLModel._from_config(self.config)
         ours, theirs = self.model.language_model, text_encoder.base_model
@@ -227,7 +228,7 @@ class MultimodalEncoder:
                 )
 
     def chat(self, prompt: str, image_tokens: int, ending: str = "") -> str:
-        """One user turn, the image if there is one and then the prompt, with the generation prompt and what the family puts after it."""
+        """One user turn, the image if there is one and then the prompt, with the generation prompt and its ending."""
         content = [*([{"type": "image"}] if image_tokens else []), {"type": "text", "text": prompt}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -243,11 +244,14 @@ class MultimodalEncoder:
         return len(self.tokenizer(chat).input_ids) - self.skipped_tokens
 
     @torch.no_grad()
-    def hidden_states(self, prompts: list[str], images: list, ending: str = "", pad_to: int = 0) -> list[tuple[torch.Tensor, ...]]:
-        """For each chat with a PIL image and a prompt, the hidden states of all layers, each (tokens, dim); one forward.
+    def hidden_states(
+        self, prompts: list[str], images: list, ending: str = "", pad_to: int = 0
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """For each chat with a PIL image and a prompt, the hidden states of all layers, each (tokens, dim); one
+        forward.
 
-        Without `images`, the chats are of text alone. Shorter contexts than `pad_to` tokens are padded at the end, masked as the text
-        encoder's own padding is.
+        Without `images`, the chats are of text alone. Shorter contexts than `pad_to` tokens are padded at the end,
+        masked as the text encoder's own padding is.
         """
         inputs, counts = {}, [0] * len(prompts)
         if images:
@@ -258,16 +262,18 @@ class MultimodalEncoder:
         padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
         inputs |= self.tokenizer(chats, return_tensors="pt", padding_side="right", **padding)
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.config.image_token_id).long()
-        # counted without the mask: positions go on through the padding, as the text encoder's do, where they would be 0
-        inputs["position_ids"], _ = self.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw"))
+        # counted without the mask: positions go on through the padding, as the text encoder's do
+        counted = inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw")
+        inputs["position_ids"], _ = self.model.get_rope_index(*counted)
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         lengths = [pad_to or int(length) for length in inputs["attention_mask"].sum(dim=1)]
         layers = self.model(**inputs, output_hidden_states=True).hidden_states
-        return [tuple(hidden[i, self.skipped_tokens : length] for hidden in layers) for i, length in enumerate(lengths)]
+        first = self.skipped_tokens
+        return [tuple(hidden[i, first:length] for hidden in layers) for i, length in enumerate(lengths)]
 
 
 class NativeEncoder(MultimodalEncoder):
-    """A text encoder that is a Qwen3-VL itself and reads images with its own weights, in the chat that its pipeline writes.
+    """A text encoder that is a Qwen3-VL and reads images with its own weights, in the chat that its pipeline writes.
 
     Args:
         vlm_name_or_path (`str`): where the image processor comes from, and nothing else.
@@ -280,7 +286,12 @@ class NativeEncoder(MultimodalEncoder):
     """
 
     def __init__(
-        self, vlm_name_or_path: str, max_pixels: int, config: PretrainedConfig, tokenizer: AutoTokenizer, pipeline: Krea2Pipeline
+        self,
+        vlm_name_or_path: str,
+        max_pixels: int,
+        config: PretrainedConfig,
+        tokenizer: AutoTokenizer,
+        pipeline: Krea2Pipeline,
     ):
         self.name, self.config, self.tokenizer, self.model = vlm_name_or_path, config, tokenizer, None
         self.before, self.after = pipeline.prompt_template_encode_prefix, pipeline.prompt_template_encode_suffix
@@ -303,7 +314,8 @@ class NativeEncoder(MultimodalEncoder):
         for file in Path(text_encoder.name_or_path).glob("*.safetensors"):
             with safe_open(file, "pt") as weights:
                 held |= {name.partition("visual.")[2] for name in weights.keys()}
-        if held and (unseeing := sorted(name for name, _ in text_encoder.visual.named_parameters() if name not in held)):
+        unseeing = sorted(name for name, _ in text_encoder.visual.named_parameters() if name not in held)
+        if held and unseeing:
             raise ValueError(
                 f"The text encoder {text_encoder.name_or_path} lacks weights of its vision part: visual.{unseeing[0]}, ..; give a base "
                 "whose text encoder is whole."
@@ -312,14 +324,15 @@ class NativeEncoder(MultimodalEncoder):
 
     def chat(self, prompt: str, image_tokens: int, ending: str = "") -> str:
         """The pipeline's chat, with the image, if there is one, at the beginning of the user's turn."""
-        ids = self.config.vision_start_token_id, *[self.config.image_token_id] * image_tokens, self.config.vision_end_token_id
+        image = [self.config.image_token_id] * image_tokens
+        ids = self.config.vision_start_token_id, *image, self.config.vision_end_token_id
         image = "".join(self.tokenizer.convert_ids_to_tokens(ids)) if image_tokens else ""
         return self.before + image + prompt + self.after + ending
 
 
 def input_dtype(transformer: torch.nn.Module, device_type: str) -> torch.dtype:
-    """dtype of what `transformer` is given: autocast's, in which inference will be, or that of its own weights, not of a LoRA's or of
-    packed 4-bit ones."""
+    """dtype of what `transformer` is given: autocast's, in which inference will be, or that of its own weights, not of
+    a LoRA's or of packed 4-bit ones."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     named = transformer.named_parameters()
@@ -329,8 +342,8 @@ def input_dtype(transformer: torch.nn.Module, device_type: str) -> torch.dtype:
 class DOPSDMixin:
     """What all families share. A family adds the methods that `DOPSDZImagePipeline` documents.
 
-    A context is a dict of tensors without batch dimension: `prompt_embeds` (tokens, dim) and, where the transformer takes
-    reference images, `reference_0`, `reference_1`, .. (C, h, w).
+    A context is a dict of tensors without batch dimension: `prompt_embeds` (tokens, dim) and, where the transformer
+    takes reference images, `reference_0`, `reference_1`, .. (C, h, w).
     """
 
     teacher_contexts = ["vlm"]
@@ -371,7 +384,9 @@ class DOPSDMixin:
         for name, weight in state_dict.items():
             layer, side, _ = name.removeprefix("transformer.").rpartition(".lora_A.weight")
             if side and getattr(modules.get(layer), "in_features", None) != weight.shape[1]:
-                raise ValueError(f"This LoRA was trained on another base: its layer {layer}, {weight.shape[1]} wide, does not fit.")
+                raise ValueError(
+                    f"This LoRA was trained on another base: its {layer}, {weight.shape[1]} wide, does not fit."
+                )
         super().load_lora_into_transformer(state_dict, transformer=transformer, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -381,11 +396,13 @@ class DOPSDMixin:
             ValueError: a LoRA lies beside the weights, which could then not be loaded.
         """
         if self.transformer is not None and any(".lora_" in name for name, _ in self.transformer.named_parameters()):
-            raise ValueError("Call fuse_lora() and unload_lora_weights() before save_pretrained(); save_lora_weights() saves the LoRA alone.")
+            remedy = "save_lora_weights() saves the LoRA alone."
+            raise ValueError(f"Call fuse_lora() and unload_lora_weights() before save_pretrained(); {remedy}")
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
         own = {n: v for n, v in self.config.items() if n not in self.components and not n.startswith(("_", "base_"))}
         # not from_pipe, which would cast the weights to fp32
-        pipeline = stock(**self.components, **{n: v for n, v in own.items() if n in inspect.signature(stock).parameters})
+        taken = {name: value for name, value in own.items() if name in inspect.signature(stock).parameters}
+        pipeline = stock(**self.components, **taken)
         pipeline.register_to_config(**own)
         pipeline.save_pretrained(save_directory, **kwargs)
 
@@ -393,7 +410,8 @@ class DOPSDMixin:
     def make_encoder(
         cls, vlm_name_or_path: str, max_pixels: int, text_config: PretrainedConfig, tokenizer: AutoTokenizer
     ) -> MultimodalEncoder:
-        """The teacher's encoder, without weights yet. Raises ValueError where the VLM does not fit the text encoder."""
+        """The teacher's encoder, without weights yet. Raises ValueError for a VLM that does not fit the text
+        encoder."""
         encoder = MultimodalEncoder(vlm_name_or_path, max_pixels)
         encoder.check_config(text_config)
         return encoder
@@ -401,7 +419,8 @@ class DOPSDMixin:
     def load_multimodal_encoder(self, vlm_name_or_path: str, max_pixels: int | None = None):
         """Loads the teacher's encoder; needs `text_encoder`. See `MultimodalEncoder` for the errors."""
         max_pixels = max_pixels or self.default_teacher_max_pixels
-        self.multimodal_encoder = self.make_encoder(vlm_name_or_path, max_pixels, self.text_encoder.config, self.tokenizer)
+        config, tokenizer = self.text_encoder.config, self.tokenizer
+        self.multimodal_encoder = self.make_encoder(vlm_name_or_path, max_pixels, config, tokenizer)
         self.multimodal_encoder.transplant(self.text_encoder)
 
     @staticmethod
@@ -417,7 +436,8 @@ class DOPSDMixin:
     @classmethod
     def prompt_length(cls, tokenizer, prompt: str) -> int:
         """Tokens of a prompt with its chat."""
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        turn = [{"role": "user", "content": prompt}]
+        chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return len(tokenizer(chat + cls.chat_ending(tokenizer)).input_ids)
 
     @staticmethod
@@ -431,7 +451,8 @@ class DOPSDMixin:
 
     @torch.no_grad()
     def sample(self, transformer, contexts: list[dict], latents: torch.Tensor, num_steps: int) -> list:
-        """PIL images that `transformer` draws from the noise `latents` in `num_steps`: what a call does, for any context."""
+        """PIL images that `transformer` draws of the noise `latents` in `num_steps`, as a call does, for any
+        context."""
         for timestep in self.few_step_grid(num_steps, latents):
             velocity = self.velocity(transformer, latents, timestep, contexts)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -441,7 +462,7 @@ class DOPSDMixin:
 
     @classmethod
     def lora_targets(cls, transformer: torch.nn.Module, names: list[str] | None = None) -> list[str]:
-        """Full names of the linear layers of `transformer` that begin or end with one of `names` (default: the family's).
+        """Full names of the linear layers of `transformer` that begin or end with `names` (default: the family's).
 
         Raises:
             ValueError: a name matches no linear layer.
@@ -451,8 +472,9 @@ class DOPSDMixin:
         for wanted in names or cls.lora_layers:
             found = [name for name in linears if f".{name}".endswith(f".{wanted}") or name.startswith(f"{wanted}.")]
             if not found:
-                known = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit() or p == "0") for name in linears})
-                raise ValueError(f"--lora_layers: {wanted!r} matches no linear layer. Layers end in: {', '.join(known)}.")
+                endings = ([p for p in name.split(".")[-3:] if not p.isdigit() or p == "0"] for name in linears)
+                known = ", ".join(sorted(set(map(".".join, endings))))
+                raise ValueError(f"--lora_layers: {wanted!r} matches no linear layer. Layers end in: {known}.")
             targets += [name for name in found if name not in targets]
         return targets
 
@@ -517,7 +539,8 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
 
     def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
         """Teacher context c_t: last-but-one hidden states of ALL tokens (chat, vision, text), per prompt and image."""
-        return [{"prompt_embeds": layers[self.hidden_layer].clone()} for layers in self.multimodal_encoder.hidden_states(prompts, images)]
+        states = self.multimodal_encoder.hidden_states(prompts, images)
+        return [{"prompt_embeds": layers[self.hidden_layer].clone()} for layers in states]
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
@@ -526,7 +549,8 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         )
 
     def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
-        """Sets the scheduler to the inference grid of `num_steps` for the size of `latents`; timesteps (num_steps,), 1000 = noise."""
+        """Sets the scheduler to the inference grid of `num_steps` for `latents`; timesteps (num_steps,), 1000 =
+        noise."""
         config = self.scheduler.config
         mu = calculate_shift(
             (latents.shape[-2] // 2) * (latents.shape[-1] // 2),
@@ -540,7 +564,7 @@ class DOPSDZImagePipeline(DOPSDMixin, ZImagePipeline):
         self.scheduler.set_begin_index(0)
         return timesteps
 
-    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]):
         """v_theta(x_t, t, c) = noise - data, shape of `latents` (B, C, h, w), fp32.
 
         The transformer's time runs from 0 (noise) to 1 (data) and its output is data - noise.
@@ -576,14 +600,18 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         max_sequence_length (`int`): tokens of every context, padding included.
     """
 
-    # attention and feed-forward of the double-stream blocks (image, text), then the fused layers of the single-stream blocks
+    # attention and feed-forward of the double-stream blocks (image, text), then the fused layers of the others
     lora_layers = [
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_in", "ff.linear_out",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context.linear_in", "ff_context.linear_out",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff_context.linear_in", "ff_context.linear_out",
         "attn.to_qkv_mlp_proj", "attn.to_out",
     ]  # fmt: skip
     teacher_contexts = ["vlm", "edit"]
-    default_teacher_suffixes = {"vlm": "", "edit": ". Keep the subject, the background and the composition of the reference image."}
+    default_teacher_suffixes = {
+        "vlm": "",
+        "edit": ". Keep the subject, the background and the composition of the reference image.",
+    }
     # 256 of the 512 tokens of a context: see `encode_teacher`
     default_teacher_max_pixels = 512 * 512
     default_num_inference_steps = 4
@@ -607,13 +635,16 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         max_sequence_length: int = stock_length,
     ):
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
-        encoding = {"text_encoder_out_layers": list(text_encoder_out_layers), "max_sequence_length": max_sequence_length}
+        layers = list(text_encoder_out_layers)
+        encoding = {"text_encoder_out_layers": layers, "max_sequence_length": max_sequence_length}
         self.register_to_config(num_inference_steps=num_inference_steps, **encoding)
 
     @torch.no_grad()
-    def __call__(self, prompt=None, *, image=None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs):
-        """As [`Flux2KleinPipeline.__call__`], with the prompt first as in other families, the checkpoint's number of steps and no
-        guidance by default."""
+    def __call__(
+        self, prompt=None, *, image=None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **kwargs
+    ):
+        """As [`Flux2KleinPipeline.__call__`], with the prompt first as in other families, the checkpoint's number of
+        steps and no guidance by default."""
         kwargs = {**self.encoding, **kwargs}
         steps = num_inference_steps or self.config.num_inference_steps
         return super().__call__(image, prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **kwargs)
@@ -645,21 +676,23 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references: list[list] | None = None) -> list[dict]:
-        """Student context c_s: the stock text features (max_sequence_length, dim), padding kept, and the latents of reference images."""
+        """Student context c_s: the stock text features (max_sequence_length, dim), padding kept, and references."""
         embeds = self.encode_prompt(list(prompts), **self.encoding)[0]
         references = references or [[]] * len(prompts)
         return [{"prompt_embeds": e, **self.encode_references(r)} for e, r in zip(embeds, references, strict=True)]
 
     @torch.no_grad()
-    def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references: list[list] | None = None):
+    def encode_teacher(
+        self, prompts: list[str], images: list, teacher_context="vlm", references: list[list] | None = None
+    ):
         """Teacher context c_t of each prompt and PIL image.
 
         `edit`: the student's context with the image as the last reference, the transformer's own way to see images.
 
-        `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: of `max_sequence_length`
-        (512) tokens, so that position ids run from 0 to 511; the real tokens first and the padding, masked in the VLM, kept
-        behind them; the chat ends as the text encoder's does with thinking off. A longer context would put tokens at
-        positions never seen.
+        `vlm`: image and prompt as one chat, laid out as the only text that the transformer has seen: of
+        `max_sequence_length` (512) tokens, so that position ids run from 0 to 511; the real tokens first and the
+        padding, masked in the VLM, kept behind them; the chat ends as the text encoder's does with thinking off. A
+        longer context would put tokens at positions never seen.
         """
         references = references or [[]] * len(prompts)
         if teacher_context == "edit":
@@ -681,7 +714,8 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
         for number, image in enumerate(images):
             image = self.image_processor._resize_if_exceeds_area(self.image_processor.check_image_input(image))
             size = {"height": image.height // multiple * multiple, "width": image.width // multiple * multiple}
-            pixels = self.image_processor.preprocess(image, **size, resize_mode="crop").to(self.vae.device, self.vae.dtype)
+            pixels = self.image_processor.preprocess(image, **size, resize_mode="crop")
+            pixels = pixels.to(self.vae.device, self.vae.dtype)
             latents[f"reference_{number}"] = self.image_latents(pixels)[0]
         return latents
 
@@ -692,11 +726,13 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
         channels, multiple = self.transformer.config.in_channels, self.vae_scale_factor * 2
-        packed, _ = self.prepare_latents(1, channels // 4, height, width, torch.float32, torch.device("cpu"), generator)
+        place = torch.float32, torch.device("cpu"), generator
+        packed, _ = self.prepare_latents(1, channels // 4, height, width, *place)
         return packed.mT.reshape(1, channels, height // multiple, width // multiple)
 
     def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
-        """Sets the scheduler to the inference grid of `num_steps` for the size of `latents`; timesteps (num_steps,), 1000 = noise."""
+        """Sets the scheduler to the inference grid of `num_steps` for `latents`; timesteps (num_steps,), 1000 =
+        noise."""
         mu = compute_empirical_mu(latents.shape[-2] * latents.shape[-1], num_steps)
         sigmas = None if self.scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
         timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, latents.device, sigmas=sigmas, mu=mu)
@@ -706,7 +742,8 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     @classmethod
     @functools.lru_cache(maxsize=32)
     def position_ids(cls, batch_size: int, tokens: int, size: tuple, reference_sizes: tuple, device: torch.device):
-        """Stock ids of text (B, tokens, 4) and of image and references (B, all h * w, 4); kept, as they depend on sizes alone."""
+        """Stock ids of text (B, tokens, 4) and of image and references (B, all h * w, 4); kept, as they depend on
+        sizes alone."""
         text_ids = cls._prepare_text_ids(torch.empty(batch_size, tokens, 1))
         ids = cls._prepare_latent_ids(torch.empty(batch_size, *size))
         if reference_sizes:
@@ -714,14 +751,15 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
             ids = torch.cat([ids, reference_ids.expand(len(ids), -1, -1)], dim=1)
         return text_ids.to(device), ids.to(device)
 
-    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]):
         """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`].
 
         The position ids of a batch are those of its first image: all contexts must have references of the same sizes.
         """
         dtype, device = input_dtype(transformer, latents.device.type), latents.device
         embeds = torch.stack([c["prompt_embeds"] for c in contexts]).to(device, dtype)
-        tokens, references = self._pack_latents(latents), [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
+        tokens = self._pack_latents(latents)
+        references = [[c[f"reference_{i}"] for i in range(len(c) - 1)] for c in contexts]
         if references[0]:
             packed = [torch.cat([self._pack_latents(image[None]) for image in images], dim=1) for images in references]
             tokens = torch.cat([tokens, torch.cat(packed).to(tokens)], dim=1)
@@ -740,18 +778,21 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
 
     def to_vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE decodes them: the statistics of its batch norm put back, patches taken apart."""
-        mean, variance = (getattr(self.vae.bn, name).view(1, -1, 1, 1).to(latents) for name in ("running_mean", "running_var"))
+        norm = self.vae.bn
+        mean, variance = (kept.view(1, -1, 1, 1).to(latents) for kept in (norm.running_mean, norm.running_var))
         return self._unpatchify_latents(latents * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean)
 
 
 class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
     """Krea-2-Turbo with D-OPSD's contexts; calling it is few-step, text-only inference.
 
-    A context is trimmed to its real tokens: `prompt_embeds` (tokens, layers, dim) has the features of several layers of the text encoder
-    for each token. All of them stand at position 0 in the transformer, which masks padding, so that no length is too long for it.
+    A context is trimmed to its real tokens: `prompt_embeds` (tokens, layers, dim) has the features of several layers
+    of the text encoder for each token. All of them stand at position 0 in the transformer, which masks padding, so
+    that no length is too long for it.
 
     Args:
-        text_encoder_select_layers (`list[int]`): layers of the text encoder whose features are stacked; see [`Krea2Pipeline`].
+        text_encoder_select_layers (`list[int]`): layers of the text encoder whose features are stacked; see
+        [`Krea2Pipeline`].
         num_inference_steps (`int`): the checkpoint's number of steps, used when a call names none.
     """
 
@@ -784,7 +825,8 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
         patch_size: int = 2,
         num_inference_steps: int = 8,
     ):
-        super().__init__(scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers, is_distilled, patch_size)
+        components = scheduler, vae, text_encoder, tokenizer, transformer
+        super().__init__(*components, text_encoder_select_layers, is_distilled, patch_size)
         self.register_to_config(num_inference_steps=num_inference_steps)
 
     @torch.no_grad()
@@ -803,7 +845,8 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
     def make_encoder(
         cls, vlm_name_or_path: str, max_pixels: int, text_config: PretrainedConfig, tokenizer: AutoTokenizer
     ) -> MultimodalEncoder:
-        """The teacher's encoder, without weights yet. Raises ValueError where the image processor does not fit the text encoder."""
+        """The teacher's encoder, without weights yet. Raises ValueError where the image processor does not fit the
+        text encoder."""
         return NativeEncoder(vlm_name_or_path, max_pixels, text_config, tokenizer, cls.without_parts())
 
     @classmethod
@@ -830,17 +873,19 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
 
     @torch.no_grad()
     def encode_student(self, prompts: list[str], references=None) -> list[dict]:
-        """Student context c_s: the stock text features of the real tokens, `prompt_embeds` (tokens, layers, dim) per prompt."""
+        """Student context c_s: the stock text features of the real tokens, `prompt_embeds` (tokens, layers, dim)."""
         embeds, masks = self.encode_prompt(list(prompts))
         return [{"prompt_embeds": e[mask]} for e, mask in zip(embeds, masks, strict=True)]
 
     def encode_teacher(self, prompts: list[str], images: list, teacher_context="vlm", references=None) -> list[dict]:
         """Teacher context c_t: the student's, with the image before the prompt in the user's turn.
 
-        The text encoder reads both: image tokens have the positions (time, height, width) that its own function gives them.
+        The text encoder reads both: image tokens have the positions (time, height, width) that its own function gives
+        them.
         """
         states = self.multimodal_encoder.hidden_states(prompts, images)
-        return [{"prompt_embeds": torch.stack([own[k] for k in self.text_encoder_select_layers], dim=1)} for own in states]
+        taps = self.text_encoder_select_layers
+        return [{"prompt_embeds": torch.stack([layers[k] for k in taps], dim=1)} for layers in states]
 
     def initial_noise(self, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
         """x_{t_1} of one image, (1, C, h, w) in fp32; drawn on the CPU so that it does not depend on the device."""
@@ -849,13 +894,13 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
         return self._unpack_latents(packed, height, width)[:, :, 0]
 
     def few_step_grid(self, num_steps: int, latents: torch.Tensor) -> torch.Tensor:
-        """Sets the scheduler to the inference grid of `num_steps`, the same for all sizes; timesteps (num_steps,), 1000 = noise."""
+        """Sets the scheduler to the grid of `num_steps`, one for all sizes; timesteps (num_steps,), 1000 = noise."""
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         timesteps, _ = retrieve_timesteps(self.scheduler, num_steps, latents.device, sigmas=sigmas, mu=self.mu)
         self.scheduler.set_begin_index(0)
         return timesteps
 
-    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]) -> torch.Tensor:
+    def velocity(self, transformer, latents: torch.Tensor, timestep: torch.Tensor, contexts: list[dict]):
         """v_theta(x_t, t, c) = noise - data; see [`DOPSDZImagePipeline.velocity`]."""
         (batch, _, height, width), device = latents.shape, latents.device
         dtype = input_dtype(transformer, device.type)
@@ -864,15 +909,17 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
         mask = None  # more kernels of attention take none
         if min(lengths) < longest:
             mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        grid = height // self.patch_size, width // self.patch_size
         out = transformer(
             hidden_states=self._pack_latents(latents, *latents.shape).to(dtype),
             encoder_hidden_states=pad_sequence(embeds, batch_first=True),
             timestep=(timestep / 1000).expand(batch).to(dtype),  # in this order, as the stock pipeline rounds
-            position_ids=self.prepare_position_ids(longest, height // self.patch_size, width // self.patch_size, device),
+            position_ids=self.prepare_position_ids(longest, *grid, device),
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
-        return self._unpack_latents(out.float(), height * self.vae_scale_factor, width * self.vae_scale_factor)[:, :, 0]
+        pixels = height * self.vae_scale_factor, width * self.vae_scale_factor
+        return self._unpack_latents(out.float(), *pixels)[:, :, 0]
 
     @property
     def latent_statistics(self) -> torch.Tensor:
@@ -898,9 +945,9 @@ class DOPSDKrea2Pipeline(DOPSDMixin, Krea2Pipeline):
 class _FromRepository:
     """Way (b): the pipeline of a LoRA repository, which loads the base by its name and then the LoRA beside it.
 
-    `DiffusionPipeline.from_pretrained` hands the folder or repository id to `register_to_config` once the pipeline stands.
-    The dtype of the base comes from the repository's config: `from_pretrained(dtype=...)` does not reach a custom class, nor does
-    `revision`: `lora_revision` stands for it.
+    `DiffusionPipeline.from_pretrained` hands the folder or repository id to `register_to_config` once the pipeline
+    stands. The dtype of the base comes from the repository's config: `from_pretrained(dtype=...)` does not reach a
+    custom class, nor does `revision`: `lora_revision` stands for it.
     """
 
     def register_to_config(self, **kwargs):
@@ -930,7 +977,8 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
     ):
         base = DiffusionPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         DOPSDZImagePipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**names, base_dtype=base_dtype)
 
 
 class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
@@ -954,10 +1002,13 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
-        config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps, **base.encoding}
+        weights = {"revision": base_revision, "dtype": getattr(torch, base_dtype)}
+        base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, **weights)
+        config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps}
+        config |= base.encoding
         DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**names, base_dtype=base_dtype)
 
 
 class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
@@ -984,11 +1035,16 @@ class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
         base = DOPSDKrea2Pipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
         config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
         DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
-        self.register_to_config(base_model=base_model, base_revision=base_revision, lora_revision=lora_revision, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
+        self.register_to_config(**names, base_dtype=base_dtype)
 
 
 # Base pipeline class, as a model_index.json names it -> family
-FAMILIES = {"ZImagePipeline": DOPSDZImagePipeline, "Flux2KleinPipeline": DOPSDFlux2KleinPipeline, "Krea2Pipeline": DOPSDKrea2Pipeline}
+FAMILIES = {
+    "ZImagePipeline": DOPSDZImagePipeline,
+    "Flux2KleinPipeline": DOPSDFlux2KleinPipeline,
+    "Krea2Pipeline": DOPSDKrea2Pipeline,
+}
 
 
 def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPSDMixin]:

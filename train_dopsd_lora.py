@@ -30,11 +30,11 @@
 # ///
 """Fine-tunes a step-distilled text-to-image model with a LoRA and keeps its few-step quality.
 
-D-OPSD (https://arxiv.org/abs/2605.05204): the student sees the prompt and rolls out its own few steps; the teacher, an EMA of
-the student that also sees the training image, predicts the velocity at the same states; the student matches it.
+D-OPSD (https://arxiv.org/abs/2605.05204): the student sees the prompt and rolls out its own few steps; the teacher, an
+EMA of the student that also sees the training image, predicts the velocity at the same states; the student matches it.
 
     accelerate launch train_dopsd_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
-        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --output_dir my_lora --mixed_precision bf16
+        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --output_dir my_lora
 """
 
 import argparse
@@ -52,6 +52,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,23 +71,32 @@ import yaml
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 # those of diffusers with a backward, and without code from the Hub
-ATTENTION_BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "flash_varlen", "flex",
-                      "xformers"]  # fmt: skip
+ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
+ATTENTION_BACKENDS += ["flash", "flash_varlen", "flex", "xformers"]
+COLUMNS = ["image_column", "caption_column", "reference_column"]
+VALIDATION_FLAGS = ["validation_prompt", "num_validation_images"]
+HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
+
+
+def lacks_metadata(folder):
+    """Whether there is a folder of images and captions alone."""
+    return os.path.isdir(folder or "") and not any(Path(folder).glob("metadata.*"))
+
+
 # when flags would have no effect: in words, as a function of the arguments, and which flags
 IDLE_FLAGS = [
     ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
     ("with --prior_prompts none", lambda a: a.prior_prompts == "none", ["prior_every"]),
     ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
-    ("without metadata.jsonl or metadata.csv", lambda a: os.path.isdir(a.instance_data_dir or "") and not any(
-        Path(a.instance_data_dir).glob("metadata.*")), ["image_column", "caption_column", "reference_column"]),
-    ("without --push_to_hub", lambda a: not a.push_to_hub, ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]),
-    ("with --validation_steps 0", lambda a: not a.validation_steps, ["validation_prompt", "num_validation_images"]),
+    ("without metadata.jsonl or metadata.csv", lambda a: lacks_metadata(a.instance_data_dir), COLUMNS),
+    ("without --push_to_hub", lambda a: not a.push_to_hub, HUB_FLAGS),
+    ("with --validation_steps 0", lambda a: not a.validation_steps, VALIDATION_FLAGS),
     ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
     ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
     ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
     ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
     ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
-    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
+    ("without cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
     ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
     ("with --optimizer adafactor", lambda a: a.optimizer == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
     ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
@@ -106,7 +116,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """Ends with one line for a wrong flag, without the usage."""
 
     def error(self, message):
-        words = [word.split("=hf_")[0] for word in message.split() if not word.startswith("hf_")]  # a token shows in no log
+        # a token shows in no log
+        words = [word.split("=hf_")[0] for word in message.split() if not word.startswith("hf_")]
         self.exit(2, f"error: {' '.join(words).removeprefix('argument ')}\n")
 
 
@@ -128,7 +139,8 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 
 
 USAGE = "%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir FOLDER --output_dir FOLDER [flags]"
-COUNT, POSITIVE, DECAY = number(int, low=1), number(float, above=0), number(float, low=0, below=1)
+COUNT, STEP = number(int, low=1), number(int, low=0)
+POSITIVE, DECAY, SHARE = number(float, above=0), number(float, low=0, below=1), number(float, low=0, high=1)
 
 
 def add_shared_arguments(parser):
@@ -136,34 +148,34 @@ def add_shared_arguments(parser):
     add("--pretrained_model_name_or_path", required=True, help="Step-distilled base: folder or Hub id.")
     add("--revision", help="Revision of the base on the Hub.")
     add("--variant", help="Variant of the base's weight files, for example fp16.")
-    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size, which reads the images. Default: the family's.")
+    add("--vlm_model_name_or_path", help="Qwen3-VL of the text encoder's size. Default: the family's.")
     add("--teacher_max_pixels", type=COUNT, help="Larger images are scaled down for the VLM. Default: the family's.")
-    add("--encoder_quantization", choices=QUANTIZATIONS, help="Quantise text encoder and VLM while contexts are encoded.")
+    add("--encoder_quantization", choices=QUANTIZATIONS, help="Quantise text encoder and VLM while they encode.")
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", help="Folder of images, captions as lines of NAME.txt or in metadata.jsonl or metadata.csv.")
+    add("--instance_data_dir", help="Folder of images; captions as lines of NAME.txt, or metadata.jsonl or .csv.")
     add("--dataset_name", help="Dataset on the Hub or in a folder, in place of --instance_data_dir.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the dataset that holds the images.")
     add("--caption_column", default="text", help="Column with a caption, or a list of captions, per image.")
-    add("--reference_column", help="Column with an image, or a list of images, that the student itself is given (editing).")
+    add("--reference_column", help="Column with an image, or a list of images, that the student sees (editing).")
     add("--instance_prompt", help="Caption of every image that has none.")
-    add("--resolution", type=COUNT, default=1024, help="Side of a square image; others are trained in buckets of the same area.")
-    add("--random_flip", action="store_true", help="Train on mirror images, too; not for subjects with letters or sides.")
-    add("--dataset_num_workers", type=COUNT, default=4, help="Processes that read and decode images ahead of training, if there are many.")
+    add("--resolution", type=COUNT, default=1024, help="Side of a square image; others have about the same area.")
+    add("--random_flip", action="store_true", help="Train on mirror images, too; not of subjects with letters.")
+    add("--dataset_num_workers", type=COUNT, default=4, help="Processes that read and decode many images.")
     add("--skip_broken_images", action="store_true", help="Leave out images that cannot be read.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
-    add("--context_dtype", choices=["fp8"], help="fp8: half the disk; a context changes the velocity by about 1 per cent.")
+    add("--context_dtype", choices=["fp8"], help="fp8: half the disk; changes the velocity by about 1 per cent.")
     add = parser.add_argument_group("D-OPSD").add_argument
-    add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, the inference grid of that many steps.")
-    add("--states_per_rollout", type=COUNT, default=1, help="M: how many states of each rollout, drawn at random, are trained.")
-    add("--num_inference_steps", type=COUNT, help="Steps that users will run, and of validation. Default: the family's.")
-    add("--teacher_context", choices=["vlm", "edit"], help="vlm: the image is in its prompt. edit: it is a reference (FLUX.2).")
+    add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, on the inference grid of K steps.")
+    add("--states_per_rollout", type=COUNT, default=1, help="M: states of a rollout that are trained, at random.")
+    add("--num_inference_steps", type=COUNT, help="Steps of inference and validation. Default: the family's.")
+    add("--teacher_context", choices=["vlm", "edit"], help="vlm: image in the prompt. edit: as a reference (FLUX.2).")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
-    add("--teacher_image", choices=["target", "other"], default="target", help="The teacher sees the image itself, or the next one.")
-    add("--ema_decay", type=number(float, low=0, high=1), default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
-    add("--prior_prompts", help="File of ordinary prompts, one a line, whose pictures must not change; or none. Default: a built-in list.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="other: it sees the next image.")
+    add("--ema_decay", type=SHARE, default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
+    add("--prior_prompts", help="File of prompts whose pictures must not change, or none. Default: a built-in list.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
-    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="velocity: the paper's loss. x0: times sigma^2.")
+    add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="x0: the loss times sigma^2.")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="Micro-steps per optimisation step.")
@@ -171,33 +183,33 @@ def add_shared_arguments(parser):
     add("--num_train_epochs", type=COUNT, help="In place of --max_train_steps: how often each image is drawn.")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="Peak learning rate; 1 for prodigy.")
     add("--lr_scheduler", default="constant", choices=SCHEDULERS, help="Learning rate over the steps.")
-    add("--lr_warmup_steps", type=number(int, low=0), default=0, help="Steps of warm-up, over which the learning rate rises from zero.")
+    add("--lr_warmup_steps", type=STEP, default=0, help="Steps in which the learning rate rises from zero.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
-    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="prodigy finds the rate itself.")
+    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="Optimiser.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=DECAY, default=0.9, help="Decay of AdamW's mean of gradients.")
     add("--adam_beta2", type=DECAY, default=0.999, help="Decay of its mean of squares.")
     add("--adam_weight_decay", type=number(float, low=0), default=0.0, help="Decoupled weight decay.")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="Added to the denominator.")
-    add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Longer gradients are scaled down to this norm. 0: none are.")
+    add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Norm that gradients are clipped to. 0: none.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
-    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of the blocks that are recomputed.")
+    add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of blocks recomputed.")
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
-    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="All randomness follows from the seed and the step.")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="Fixes all that is random, at each step.")
     add = parser.add_argument_group("output").add_argument
-    add("--config", help="YAML file with flags as keys, like a run's dopsd_settings.json. Flags on the command line win.")
+    add("--config", help="YAML file with flags as keys, or a run's dopsd_settings.json. Typed flags win.")
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
-    add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote there, contexts excepted.")
+    add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote, except contexts.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=COUNT, help="Keep only so many of the newest checkpoints. Default of train_dopsd_full.py: 2.")
-    add("--resume_from_checkpoint", help="A checkpoint folder, or latest: the newest of OUTPUT_DIR. Without one the run starts anew.")
+    add("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep. Default of train_dopsd_full.py: 2.")
+    add("--resume_from_checkpoint", help="A checkpoint folder, or latest: the newest in OUTPUT_DIR, if there is one.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
-    add("--validation_steps", type=number(int, low=0), default=250, help="Steps between validations, from step 0. 0: none.")
-    add("--num_validation_images", type=COUNT, default=4, help="Rows of the validation picture without --validation_prompt.")
+    add("--validation_steps", type=STEP, default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--num_validation_images", type=COUNT, default=4, help="Rows of the picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
     add("--push_to_hub", action="store_true", help="Push the result to the Hub at the end.")
@@ -205,7 +217,7 @@ def add_shared_arguments(parser):
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
     add("--hub_token", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds without an answer until a request fails.")
+    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds until a request fails.")
 
 
 def add_lora_arguments(parser):
@@ -213,27 +225,46 @@ def add_lora_arguments(parser):
     add("--rank", type=COUNT, default=64, help="Width of the LoRA's matrices.")
     add("--lora_alpha", type=COUNT, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
-    add("--lora_dropout", type=DECAY, default=0.0, help="Share of the LoRA's inputs that is dropped at random, in the student alone.")
-    add("--quantization", choices=QUANTIZATIONS, help="Quantise the frozen transformer. Use it with --gradient_checkpointing.")
-    add("--offloaded_blocks", type=number(float, low=0, high=1), default=0.0, help="Share of the blocks that stay in CPU memory and are copied to the GPU when they compute.")
-    add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention and feed-forward of all blocks.")
+    add("--lora_dropout", type=DECAY, default=0.0, help="Share of its inputs dropped at random, in the student alone.")
+    add("--quantization", choices=QUANTIZATIONS, help="Quantise the transformer; with --gradient_checkpointing.")
+    add("--offloaded_blocks", type=SHARE, default=0.0, help="Share of blocks in CPU memory, copied to compute.")
+    add("--lora_layers", help="Endings or beginnings of names, with commas. Default: attention and feed-forward.")
 
 
 def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
     for wrong, message in [
-        ((args.instance_data_dir is None) == (args.dataset_name is None), "give either --instance_data_dir or --dataset_name"),
-        (args.states_per_rollout > args.rollout_steps,
-         f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}"),
-        (args.overwrite_output_dir and args.resume_from_checkpoint, "--overwrite_output_dir goes without --resume_from_checkpoint"),
-        ("hub_token" in args, "--hub_token would show the token to others: set HF_TOKEN or run `hf auth login`, and leave it out"),
-        (args.use_8bit_adam and "adamw" not in args.optimizer, f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}"),
-        (args.optimizer == "prodigy" and args.learning_rate < 0.1,
-         f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {args.learning_rate}"),
-        (args.reference_column == args.image_column, "--reference_column must be another column than --image_column"),
-        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7, "--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate"),
-        (args.random_flip and args.reference_column, "--random_flip does not go with --reference_column: references are not mirrored"),
-    ]:  # fmt: skip
+        (
+            (args.instance_data_dir is None) == (args.dataset_name is None),
+            "give either --instance_data_dir or --dataset_name",
+        ),
+        (
+            args.states_per_rollout > args.rollout_steps,
+            f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}",
+        ),
+        (
+            args.overwrite_output_dir and args.resume_from_checkpoint,
+            "--overwrite_output_dir goes without --resume_from_checkpoint",
+        ),
+        ("hub_token" in args, "--hub_token shows the token to others: set HF_TOKEN or run `hf auth login` instead"),
+        (
+            args.use_8bit_adam and "adamw" not in args.optimizer,
+            f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}",
+        ),
+        (
+            args.optimizer == "prodigy" and args.learning_rate < 0.1,
+            f"--optimizer prodigy multiplies the rate it finds by --learning_rate: give 1, not {args.learning_rate}",
+        ),
+        (args.reference_column == args.image_column, "--reference_column must be another than --image_column"),
+        (
+            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+            "--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate",
+        ),
+        (
+            args.random_flip and args.reference_column,
+            "--random_flip does not go with --reference_column: references are not mirrored",
+        ),
+    ]:
         if wrong:
             parser.error(message)
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
@@ -243,13 +274,14 @@ def check_arguments(parser, args):
             if getattr(args, name, None) != parser.get_default(name) and idle(args):
                 parser.error(f"--{name} has no effect {when}")
     for name, value in vars(args).items():
-        if name != "teacher_prompt_suffix" and not all(str(v).strip() for v in (value if isinstance(value, list) else [value])):
+        words = value if isinstance(value, list) else [value]
+        if name != "teacher_prompt_suffix" and not all(str(word).strip() for word in words):
             parser.error(f"--{name} is empty")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
 def with_config(parser, words):
-    """The words of a command line, behind those that its --config file stands for; what these make idle in the file is left out."""
+    """The words of a command line behind those of its --config file, without those in the file that they make idle."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, given = first.parse_known_args(words)[0].config, {}
@@ -278,14 +310,16 @@ def with_config(parser, words):
 
 
 def parse_args(input_args=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter, usage=USAGE, allow_abbrev=False)
+    about = __doc__.split("\n")[0]
+    parser = ArgumentParser(description=about, formatter_class=HelpFormatter, usage=USAGE, allow_abbrev=False)
     add_shared_arguments(parser)
     add_lora_arguments(parser)
     args = parser.parse_args(with_config(parser, sys.argv[1:] if input_args is None else input_args))
     check_arguments(parser, args)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.offloaded_blocks > args.checkpointed_blocks * args.gradient_checkpointing:
-        parser.error(f"--offloaded_blocks {args.offloaded_blocks}: needs --gradient_checkpointing, and at most --checkpointed_blocks")
+        flag = f"--offloaded_blocks {args.offloaded_blocks}"
+        parser.error(f"{flag} needs --gradient_checkpointing, and at most --checkpointed_blocks")
     if args.offloaded_blocks and (args.quantization or args.compile_blocks):
         parser.error("--offloaded_blocks goes neither with --quantization nor with --compile_blocks")
     return args
@@ -361,22 +395,24 @@ check_min_version("0.42.0")
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ["metadata.jsonl", "metadata.csv"]
+PNG_METADATA = re.compile(b"eXIf|iTXt|tEXt|zTXt")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
 OPTIMIZER_NAME = "optimizer.bin"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-# flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and savings of
-# memory that change no result
-MAY_CHANGE = {
-    "pretrained_model_name_or_path", "revision", "vlm_model_name_or_path", "instance_data_dir", "dataset_name", "dataset_config_name",
-    "image_column", "caption_column", "reference_column", "instance_prompt", "dataset_num_workers", "skip_broken_images",
-    "prior_prompts", "context_cache_dir", "output_dir",
-    "max_train_steps", "train_batch_size", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "overwrite_output_dir", "validation_prompt", "validation_steps", "num_validation_images", "report_to",
-    "push_to_hub", "hub_push_checkpoints", "hub_model_id", "hub_private_repo", "hub_timeout", "gradient_checkpointing",
-    "checkpointed_blocks", "offloaded_blocks", "enable_vae_tiling",
-}  # fmt: skip
+# flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and
+# savings of memory that change no result
+MAY_CHANGE = set(
+    """
+    pretrained_model_name_or_path revision vlm_model_name_or_path instance_data_dir dataset_name dataset_config_name
+    image_column caption_column reference_column instance_prompt dataset_num_workers skip_broken_images prior_prompts
+    context_cache_dir output_dir max_train_steps train_batch_size num_inference_steps checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint overwrite_output_dir validation_prompt validation_steps
+    num_validation_images report_to push_to_hub hub_push_checkpoints hub_model_id hub_private_repo hub_timeout
+    gradient_checkpointing checkpointed_blocks offloaded_blocks enable_vae_tiling
+    """.split()
+)
 MIRRORED = " mirrored"
 UMASK = os.umask(0)  # it is only read by setting it
 os.umask(UMASK)
@@ -387,13 +423,13 @@ ENCODING_BATCH = 4  # contexts at once: the hidden states of all layers are held
 
 
 class InputError(ValueError):
-    """A mistake in flags or files that the user can mend; the command line shows its one sentence without a traceback."""
+    """A mistake in flags or files; the command line shows its one sentence without a traceback."""
 
 
 # --------------------------------------------------------------------------------------------------------------- data
 @contextlib.contextmanager
 def blamed_on(what):
-    """Within: an error of a library becomes an InputError of one sentence that begins with `what`, a flag or a file."""
+    """Within: an error of a library becomes an InputError of one sentence that begins with `what`, flag or file."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -411,19 +447,24 @@ def read_folder(folder, args):
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
     if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
-        raise ValueError(f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters.")
+        raise ValueError(
+            f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters."
+        )
     texts = [] if metadata else [p for p in files if p.suffix.lower() == ".txt"]
     found = read_metadata(metadata[0]) if metadata else read_texts(folder, files, texts, args)
-    names = sorted({name for _, row in found for name in row}, key=lambda name: ("file_name" in name, name))  # these go before others
-    columns = {"image" if n == "file_name" else n.removesuffix("_file_names").removesuffix("_file_name"): n for n in names}
+    # columns of file names go before others
+    names = sorted({name for _, row in found for name in row}, key=lambda name: ("file_name" in name, name))
+    columns = {"image" if n == "file_name" else re.sub("_file_names?$", "", n): n for n in names}
     check_columns(columns, metadata[0] if metadata else folder, args)
     rows, captions, places = [], [], {}
     for place, row in found:
         path = path_in(folder, row.get(columns[args.image_column]), place)
         if places.setdefault(path, place) != place:
-            raise ValueError(f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list.")
-        references = row.get(columns.get(args.reference_column)) or []
-        references = [path_in(folder, name, place) for name in (references if isinstance(references, list) else [references])]
+            raise ValueError(
+                f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list."
+            )
+        references = as_list(row.get(columns.get(args.reference_column)))
+        references = [path_in(folder, name, place) for name in references]
         captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
         # the size and time of each file make the cache of `inspect_images` a cache of these very images
         stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
@@ -438,25 +479,27 @@ def read_folder(folder, args):
     features = {"image": image, "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
     # of a generator, because datasets caches on disk what it gave
     images = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
-    return with_captions(images.remove_columns(["stamp"] if args.reference_column else ["stamp", "references"]), captions)
+    unneeded = ["stamp"] if args.reference_column else ["stamp", "references"]
+    return with_captions(images.remove_columns(unneeded), captions)
 
 
 def with_captions(images, captions):
-    """`images` and their `captions`, which leave the fingerprint as it is: `inspect_images` need not look at images again."""
+    """`images` and `captions`, which leave the fingerprint as it is, so that images need not be inspected again."""
     return images.add_column("captions", captions, new_fingerprint=images._fingerprint)
 
 
 def read_texts(folder, files, texts, args):
     """(place, row) of each image of a folder; its captions are the lines of NAME.txt, one of `texts`."""
-    images, text_of = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()], {p.stem: p for p in texts}
+    images, text_of = [p for p in files if is_image(p) and not p.is_dir()], {p.stem: p for p in texts}
     if not images:
-        raise ValueError(f"--instance_data_dir {folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}), folders in it aside.")
+        kinds = ", ".join(f"*{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"--instance_data_dir {folder} holds no images ({kinds}), except in folders in it.")
     stems = {image.stem for image in images}
     for path in texts:
         if path.stem not in stems:
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
-            raise ValueError(f"{path}: {text_of[path.stem].name} is a caption file of the same image; remove one of them.")
+            raise ValueError(f"{path}: {text_of[path.stem].name} is of the same image; remove one of them.")
     lines = {stem: read_lines(path) for stem, path in text_of.items()}
     return [(str(p), {"file_name": p.name, args.caption_column: lines.get(p.stem)}) for p in images]
 
@@ -490,21 +533,33 @@ def path_in(folder, name, place):
     return folder / path
 
 
+def is_image(path):
+    """Whether a file is named as an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def as_list(value):
+    """What stands in a cell: nothing, one thing or a list."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def check_columns(columns, source, args):
     """Raises ValueError for a flag that names none of the `columns` of a dataset."""
-    hints = {"image_column": "; metadata has file_name or NAME_file_name", "caption_column": "; name it, or give --instance_prompt"}
-    for name in ("image_column", "caption_column", "reference_column"):
+    hints = ["; metadata has file_name or NAME_file_name", "; name it, or give --instance_prompt", ""]
+    for name, hint in zip(COLUMNS, hints, strict=True):
         column = getattr(args, name)
         if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
             there = ", ".join(sorted(columns))
-            raise ValueError(f"--{name} {column!r} is none of the columns {there} of {source}{hints.get(name, '')}.")
+            raise ValueError(f"--{name} {column!r} is none of the columns {there} of {source}{hint}.")
 
 
 def captions_of(value, place, column, instance_prompt):
-    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError where there is no text."""
+    """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError without a text."""
     captions = value if isinstance(value, list) else [value]
     if not all(caption is None or isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption and no list of captions.")
+        raise ValueError(
+            f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption or list of captions."
+        )
     captions = [c for c in captions if c and c.strip()] or [instance_prompt]
     if not captions[0]:
         raise ValueError(f"{place} has no caption; add one or give --instance_prompt.")
@@ -521,7 +576,7 @@ def read_lines(path, name=None):
 
 
 def read_dataset(args):
-    """Dataset with the columns `image` (undecoded), `captions` (a list of strings) and `references` (undecoded images).
+    """Dataset with the columns `image` and `references` (one or several), undecoded, and `captions` (a list).
 
     Raises:
         ValueError: missing or empty data, a missing column, or an image without caption.
@@ -532,7 +587,7 @@ def read_dataset(args):
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if args.instance_data_dir or names & set(METADATA_NAMES):
         return read_folder(folder, args)
-    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+    if any(map(is_image, map(Path, names))):
         raise ValueError(f"{flag} is a folder of images: give it as --instance_data_dir.")
     check_source("dataset_name", args.dataset_name, repo_type="dataset")
     with blamed_on(flag):
@@ -542,7 +597,8 @@ def read_dataset(args):
     check_columns(dataset.column_names, args.dataset_name, args)
     column = args.caption_column
     cells = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
-    captions = [captions_of(cell, f"Row {i} of {args.dataset_name}", column, args.instance_prompt) for i, cell in enumerate(cells)]
+    places = (f"Row {i} of {args.dataset_name}" for i in itertools.count())
+    captions = [captions_of(cell, place, column, args.instance_prompt) for cell, place in zip(cells, places)]
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
     # columns are worked on apart, so that nothing is copied into the cache, except for lists of references
     images = dataset.select_columns(list(pictures))
@@ -571,8 +627,8 @@ def load_image(source):
 
 
 def inspect_image(source):
-    """Upright (width, height) of an undecoded image, and the hash of its content. Of JPEGs and PNGs that end as they should no
-    pixel is decoded. Raises ValueError for one that is no image, OSError for a file that cannot be read."""
+    """Upright (width, height) of an undecoded image, and the hash of its content. Of JPEGs and PNGs that end as they
+    should no pixel is decoded. Raises ValueError for one that is no image, OSError for a file that cannot be read."""
     if not any((source or {}).values()):
         raise ValueError("An image of the dataset is empty; remove its row.")
     try:
@@ -583,7 +639,7 @@ def inspect_image(source):
         # not PNG's own, which decodes in search of chunks behind the pixels
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         whole = image.format in ("JPEG", "MPO") and content.endswith(b"\xff\xd9")
-        if image.format == "PNG" and all(content.find(name, image.tile[0][2]) < 0 for name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
+        if image.format == "PNG" and not PNG_METADATA.search(content, image.tile[0][2]):
             image.verify()
             whole = True
         size = (image.size[::-1] if orientation in (5, 6, 7, 8) else image.size) if whole else None
@@ -591,15 +647,17 @@ def inspect_image(source):
 
 
 def inspect_images(dataset, buckets, args, mirrored=False):
-    """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references. Every
-    image is read once; a later run on the same images reads the result from the cache of datasets. `mirrored`: see `with_mirrored`.
+    """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references.
+    Every image is read once; a later run on the same images reads the result from the cache of datasets. `mirrored`:
+    see `with_mirrored`.
 
     Raises:
-        ValueError: with the first ten of the images that cannot be read, unless --skip_broken_images leaves their rows out.
+        ValueError: with the first ten images that cannot be read, unless --skip_broken_images leaves their rows out.
     """
     number, text = Value("int64"), Value("string")
-    features = {"bucket": ListFeature(number), "image_hash": text, "broken": text, "row": number}  # row: its number for the user
-    features |= {"reference_sizes": ListFeature(ListFeature(number)), "reference_hashes": ListFeature(text)}
+    features = {"bucket": ListFeature(number), "image_hash": text, "reference_sizes": ListFeature(ListFeature(number))}
+    features |= {"reference_hashes": ListFeature(text), "broken": text, "row": number}  # row: its number for the user
+    names = list(features)
 
     def inspect(row, index):
         found, broken = [], ""
@@ -611,11 +669,11 @@ def inspect_images(dataset, buckets, args, mirrored=False):
         ((width, height), image_hash), *references = found
         sizes, hashes = [size for size, _ in references], [value for _, value in references]
         bucket = buckets[find_nearest_bucket(height, width, buckets)]
-        return {"bucket": list(bucket), "image_hash": image_hash, "reference_sizes": sizes, "reference_hashes": hashes, "broken": broken, "row": index}
+        return dict(zip(names, (list(bucket), image_hash, sizes, hashes, broken, index), strict=True))
 
     workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
-    names = dataset.column_names
-    added = dataset.map(inspect, with_indices=True, remove_columns=names, features=Features(features), num_proc=workers if workers > 1 else None, desc="images")
+    options = {"features": Features(features), "num_proc": workers if workers > 1 else None, "desc": "images"}
+    added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, **options)
     whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
     dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
     if mirrored:  # before rows are left out: datasets would write a copy of the images that are left
@@ -631,13 +689,13 @@ def inspect_images(dataset, buckets, args, mirrored=False):
 
 
 def with_mirrored(dataset):
-    """The rows and, behind them, the same rows with mirrored images, whose hash tells so and makes a context of its own."""
+    """The rows and, behind them, the same rows with mirrored images, whose hash tells so: contexts are their own."""
     hashes = [value + MIRRORED for value in dataset["image_hash"][:]]
     return concatenate_datasets([dataset, dataset.remove_columns("image_hash").add_column("image_hash", hashes)])
 
 
 def read_prior_prompts(args):
-    """The lines of --prior_prompts, or the built-in ones. Raises ValueError where they cannot be read, or there are none."""
+    """The lines of --prior_prompts, or the built-in ones. Raises ValueError where there are none to read."""
     if args.prior_prompts in (None, "none"):
         return [] if args.prior_prompts else PRIOR_PROMPTS
     flag = f"--prior_prompts {args.prior_prompts}"
@@ -649,8 +707,7 @@ def read_prior_prompts(args):
 
 def references_of(row):
     """The undecoded images that the student is given: none, one or several."""
-    references = row.get("references") or []
-    return references if isinstance(references, list) else [references]
+    return as_list(row.get("references"))
 
 
 def shown_row(rows, index, args):
@@ -673,7 +730,7 @@ class Layouts(tuple):
 
 
 def layouts_of(dataset, args):
-    """Of each row, what is the same in a batch: bucket, sizes of references and bucket of the image that the teacher sees."""
+    """Of each row, what is the same in a batch: bucket, sizes of references, bucket of the image the teacher sees."""
     buckets = list(map(tuple, dataset["bucket"][:]))  # a slice is read at once
     references = [tuple(map(tuple, sizes)) for sizes in dataset["reference_sizes"][:]]
     return Layouts((b, references[i], shown_row(buckets, i, args)) for i, b in enumerate(buckets))
@@ -688,7 +745,7 @@ def training_image(row):
 
 @functools.lru_cache(maxsize=3)
 def epoch_order(layouts, batch_size, seed, epoch):
-    """Row indices of the batches of one epoch (batches, batch_size), each of one layout; short ones are filled up from its start."""
+    """Row indices of the batches of one epoch (batches, batch_size), each of one layout; short ones are filled up."""
     rng, groups, batches = np.random.default_rng([seed, epoch]), {}, []
     for row, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(row)
@@ -699,15 +756,20 @@ def epoch_order(layouts, batch_size, seed, epoch):
 
 
 def prior_steps(micro_steps, args):
-    """How many of the first `micro_steps` have batches of prior prompts, which are none of images: every --prior_every'th."""
+    """How many of the first `micro_steps` have batches of prior prompts: every --prior_every'th."""
     return 0 if args.prior_prompts == "none" else micro_steps // args.prior_every
+
+
+def images_per_micro_step(args):
+    """Of all processes."""
+    return args.train_batch_size * PartialState().num_processes
 
 
 def draw_batch(layouts, args, micro_step, process, num_processes):
     """Row indices and a random generator for each image of a process's micro-batch.
 
-    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same. A batch of
-    prior prompts has the picture sizes of the rows that come next.
+    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same. A
+    batch of prior prompts has the picture sizes of the rows that come next.
     """
     total = args.train_batch_size * num_processes
     epoch, place = divmod(micro_step - prior_steps(micro_step, args), len(epoch_order(layouts, total, args.seed, 0)))
@@ -718,9 +780,11 @@ def draw_batch(layouts, args, micro_step, process, num_processes):
 
 # ----------------------------------------------------------------------------------------------------------- contexts
 def fingerprint(model, patterns, revision, noted):
-    """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched first; a warm
-    Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes are read once."""
-    folder = Path(model if os.path.isdir(model) else snapshot_download(model, revision=revision, allow_patterns=patterns))
+    """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched
+    first; a warm Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes
+    are read once."""
+    options = {"revision": revision, "allow_patterns": patterns}
+    folder = Path(model if os.path.isdir(model) else snapshot_download(model, **options))
     files, known = {}, {}
     with contextlib.suppress(OSError, ValueError):
         known = {**json.loads(noted.read_text())}
@@ -744,7 +808,7 @@ def fingerprint(model, patterns, revision, noted):
 
 
 class ContextCache:
-    """Contexts, one memory-mapped safetensors file each: the student's of each caption, the teacher's of each image and caption.
+    """Contexts, one safetensors file each: the student's of each caption, the teacher's of each image and caption.
 
     The key changes whenever images, crops, caption, models or settings change.
     """
@@ -756,13 +820,16 @@ class ContextCache:
         base = fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted)
         # layers and lengths of contexts stand in the pipeline's own config
         config = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-        settings = {name: value for name, value in config.items() if name[0] != "_" and name not in component_folders(config)}
+        parts = component_folders(config)
+        settings = {name: value for name, value in config.items() if name[0] != "_" and name not in parts}
         settings |= {"variant": args.variant} if args.variant else {}  # the files of all are hashed
         self.fp8 = args.context_dtype == "fp8"
-        self.models = [digest_of([base, settings, family.encoding_version]), f"{weight_dtype_of(args)}{' in fp8' * self.fp8}"]
-        self.models += [args.teacher_context, args.teacher_prompt_suffix, args.encoder_quantization]
+        dtype = f"{weight_dtype_of(args)}{' in fp8' * self.fp8}"
+        self.models = [digest_of([base, settings, family.encoding_version]), dtype, args.teacher_context]
+        self.models += [args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
-            self.models += [fingerprint(args.vlm_model_name_or_path, family.vlm_files, None, noted), args.teacher_max_pixels]
+            vlm = fingerprint(args.vlm_model_name_or_path, family.vlm_files, None, noted)
+            self.models += [vlm, args.teacher_max_pixels]
 
     def paths(self, row, shown, caption):
         """Files of the student's and of the teacher's context; they are one for a prior prompt."""
@@ -810,8 +877,8 @@ def read_context(path):
         if file.metadata()["xxh3_128"] == tensor_checksum(tensors):
             values, scale = (tensors.pop(name, None) for name in FP8_NAMES)
             return tensors | {"prompt_embeds": values if scale is None else values.to(scale.dtype) * scale}
-    raise InputError(f"The context {path} is damaged or cannot be read. Remove it and start anew, or from the last checkpoint "
-                     "(--resume_from_checkpoint latest): it is then encoded anew.")  # fmt: skip
+    told = "Remove it and start anew, or with --resume_from_checkpoint latest: it is then encoded anew."
+    raise InputError(f"The context {path} is damaged or cannot be read. {told}")
 
 
 def to_fp8(embeds):
@@ -860,14 +927,10 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
 
 
 def encode_missing(family, args, cache, dataset, missing, accelerator):
-    """Loads the encoders, encodes what is `missing` (file, whether it is the teacher's, row index, caption) and frees the encoders."""
-    unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
+    """Loads the encoders, encodes what is `missing` (file, of teacher or not, row index, caption) and frees them."""
     quantization = quantization_config("text_encoder", args.encoder_quantization, transformers)
-    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        pipeline = family.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=weight_dtype_of(args),
-            quantization_config=quantization, **unneeded,
-        ).to(accelerator.device)  # fmt: skip
+    unneeded = {"transformer": None} if sees_references(args) else {"transformer": None, "vae": None}
+    pipeline = load_pipeline(family, args, quantization, **unneeded).to(accelerator.device)
     if args.teacher_context == "vlm":
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             pipeline.load_multimodal_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels)
@@ -879,8 +942,12 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     workers = min(args.dataset_num_workers, len(batches) // 16)
     options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
     loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
-    with tqdm(total=len(missing), desc="Encoding contexts", unit=" contexts", unit_scale=accelerator.num_processes,
-              disable=not accelerator.is_local_main_process) as bar:  # fmt: skip
+    shown = {
+        "unit": " contexts",
+        "unit_scale": accelerator.num_processes,
+        "disable": not accelerator.is_local_main_process,
+    }
+    with tqdm(total=len(missing), desc="Encoding contexts", **shown) as bar:
         for number, (batch, references, images) in enumerate(loader, 1):
             encode_batch(pipeline, args, cache, batch, references, images)
             bar.update(len(batch))
@@ -893,8 +960,8 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
 
 
 def load_batch(dataset, args, batch):
-    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row. An error in their
-    place is for `encode_batch` to raise: it would come from a worker with its traceback."""
+    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row. An
+    error in their place is for `encode_batch` to raise: it would come from a worker with its traceback."""
     _, (teacher, *_), indices, _ = zip(*batch)
     try:
         rows = [rows_of(dataset, index, args) for index in indices]
@@ -905,7 +972,7 @@ def load_batch(dataset, args, batch):
 
 
 def encode_batch(pipeline, args, cache, batch, references, images):
-    """Encodes and stores a few contexts, all of the student or, with `images`, all of the teacher, in one forward of each encoder."""
+    """Encodes and stores a few contexts of the student or, with `images`, of the teacher, in one forward."""
     if isinstance(references, InputError):
         raise references
     paths, _, _, captions = zip(*batch)
@@ -919,24 +986,26 @@ def encode_batch(pipeline, args, cache, batch, references, images):
 
 
 def check_space(cache, groups, accelerator):
-    """Says how much the contexts of all processes will take, by the first batch of each of the `groups`. Raises InputError where the
-    disk has less."""
+    """Says how much the contexts of all processes will take, by the first batch of each of the `groups`. Raises
+    InputError where the disk has less."""
     sizes = [np.mean([path.stat().st_size for path, *_ in group[:ENCODING_BATCH]]) for group in groups]
-    left = sum(size * max(len(group) - ENCODING_BATCH, 0) for size, group in zip(sizes, groups)) * accelerator.num_processes / 2**30
-    told = ", ".join(f"{len(group) * accelerator.num_processes:,} of {size / 2**20:.2f} MiB" for size, group in zip(sizes, groups))
+    counts, processes = [len(group) for group in groups], accelerator.num_processes
+    left = sum(s * max(n - ENCODING_BATCH, 0) for s, n in zip(sizes, counts)) * processes / 2**30
+    told = ", ".join(f"{n * processes:,} of {s / 2**20:.2f} MiB" for s, n in zip(sizes, counts))
     free = shutil.disk_usage(cache.folder).free / 2**30
     logger.info(f"Disk space for contexts: {left:.1f} GiB are still needed, {free:.1f} GiB are free ({told}).")
     if left > free:
-        raise InputError(f"--context_cache_dir {cache.folder}: contexts need {left:.1f} GiB more, and {free:.1f} GiB are free. Free some, or "
-                         "choose a folder on another disk; what is encoded is kept.")  # fmt: skip
+        told = f"contexts need {left:.1f} GiB more, and {free:.1f} GiB are free"
+        remedy = "Free some, or choose a folder on another disk; what is encoded is kept."
+        raise InputError(f"--context_cache_dir {cache.folder}: {told}. {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------- method
 def state_loss(student_velocity, teacher_velocity, sigma, weighting):
     """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state.
 
-    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
-    the authors' code trains with.
+    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is
+    what the authors' code trains with.
     """
     weight = sigma**2 if weighting == "x0" else 1.0
     return weight * (student_velocity - teacher_velocity.detach()).square().mean(dim=(1, 2, 3))
@@ -944,7 +1013,7 @@ def state_loss(student_velocity, teacher_velocity, sigma, weighting):
 
 @torch.no_grad()
 def update_ema(shadow, parameters, decay):
-    """theta_bar <- decay * theta_bar + (1 - decay) * theta, in the dtype of `shadow` (fp32: bf16 would round it away)."""
+    """theta_bar <- decay * theta_bar + (1 - decay) * theta, in the fp32 of `shadow`: bf16 would round it away."""
     for average, parameter in zip(shadow, parameters, strict=True):
         average.lerp_(parameter.to(average.device, average.dtype), 1 - decay)
 
@@ -976,9 +1045,10 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
     At a drawn state x_{t_k}:  u_t = v_theta_bar(x_{t_k}, t_k, c_t)   teacher: EMA weights, sees the image
                                u_s = v_theta(x_{t_k}, t_k, c_s)       student: text only
     From every state:          x_{t_{k+1}} = x_{t_k} + (sigma_{k+1} - sigma_k) sg(u_s)
-    States are not differentiated through, the forward that drives the rollout is the one that is trained, and nothing is
-    computed after the last drawn state. Each k is drawn with probability M / K, so that the mean over the drawn states has
-    the expectation (1/K) sum_k w_k || u_s - sg(u_t) ||^2: the paper's loss.
+
+    States are not differentiated through, the forward that drives the rollout is the one that is trained, and nothing
+    is computed after the last drawn state. Each k is drawn with probability M / K, so that the mean over the drawn
+    states has the expectation (1/K) sum_k w_k || u_s - sg(u_t) ||^2: the paper's loss.
     """
     latents, student_contexts, teacher_contexts, drawn = batch
     timesteps, sigmas = pipeline.few_step_grid(args.rollout_steps, latents), pipeline.scheduler.sigmas
@@ -992,7 +1062,7 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
                     velocity = pipeline.velocity(pipeline.transformer, latents[moving], timesteps[k], contexts)
                 latents[moving] += steps[k] * velocity
         k = torch.tensor(ends, device=latents.device)
-        # the teacher first: a change of weights between the student's forward and its backward would corrupt the gradient
+        # the teacher first: weights that change between the student's forward and its backward corrupt the gradient
         with torch.no_grad(), accelerator.autocast(), teacher.network() as network:
             teacher_velocity = pipeline.velocity(network, latents, timesteps[k], teacher_contexts)
         with accelerator.autocast():
@@ -1002,11 +1072,12 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
 
 
 def backward_each_state(states, transformer, args, accelerator, synchronize):
-    """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns sums of losses and counts of each state (2, K).
+    """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns losses and counts per state (2,
+    K).
 
     Each state's graph is freed by its own backward before the next state is computed: memory does not grow with M.
-    `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with FSDP
-    every backward does, because gradients that wait for others are held whole).
+    `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with
+    FSDP every backward does, because gradients that wait for others are held whole).
     """
     table = torch.zeros(2, args.rollout_steps, device=accelerator.device)
     for number in range(args.states_per_rollout):
@@ -1021,7 +1092,7 @@ def backward_each_state(states, transformer, args, accelerator, synchronize):
 
 
 class LoRATeacher:
-    """theta_bar: the student's transformer with an EMA of the LoRA's weights in place. No second transformer is held."""
+    """theta_bar: the student's transformer with an EMA of the LoRA's weights in place; no second transformer."""
 
     def __init__(self, transformer, parameters, decay):
         self.transformer, self.parameters, self.decay = transformer, parameters, decay
@@ -1046,8 +1117,8 @@ class LoRATeacher:
 
 
 def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
-    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random, or one of
-    `prior_prompts` if there are any."""
+    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random,
+    or one of `prior_prompts` if there are any."""
     noise, contexts = [], []
     for index, rng in draws:
         pair = rows_of(rows, index, args)
@@ -1056,8 +1127,8 @@ def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
         contexts.append(cache.read(*(rows_of(rows, None, args) if prior_prompts else pair), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
-    contexts = [[{name: to_device(tensor, device) for name, tensor in c.items()} for c in several] for several in zip(*contexts)]
-    return to_device(torch.cat(noise), device), *contexts
+    contexts = [[{n: to_device(t, device) for n, t in context.items()} for context in both] for both in contexts]
+    return to_device(torch.cat(noise), device), *map(list, zip(*contexts))
 
 
 def to_device(tensor, device):
@@ -1108,13 +1179,16 @@ def validation_sheet(rows, texts):
 
 @torch.no_grad()
 def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
-    """Writes a picture with a row per pair: student | teacher | the image that the teacher sees, in as many steps as users will
-    run."""
+    """Writes a picture with a row per pair: student | teacher | the image that the teacher sees, in as many steps as
+    users will run."""
     student, pairs, rows = pipeline.transformer, validation_pairs(dataset, args), []
     for number, (index, prompt) in enumerate(pairs):
         row, shown = dataset[index], shown_row(dataset, index, args)
-        noise, rows = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number)), [*rows, []]
-        for network, context in zip((contextlib.nullcontext(student), teacher.network()), cache.read(row, shown, prompt)):
+        noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number))
+        networks = (contextlib.nullcontext(student), teacher.network())
+        contexts = cache.read(row, shown, prompt)
+        rows = [*rows, []]
+        for network, context in zip(networks, contexts):
             with network as transformer, accelerator.autocast():
                 latents = noise.to(accelerator.device)
                 rows[-1] += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
@@ -1142,7 +1216,7 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
 
 # ------------------------------------------------------------------------------------------------------ output folder
 def open_output_dir(args):
-    """Makes OUTPUT_DIR and takes its lock: one run per folder. The system frees it when the process ends, however it ends.
+    """Makes OUTPUT_DIR and takes its lock: one run per folder. The system frees it however the process ends.
 
     Returns:
         The lock, which is to be kept.
@@ -1155,7 +1229,9 @@ def open_output_dir(args):
         other, ours = Path(getattr(args, flag) or folder / "none").resolve(), folder.resolve()
         around = "data" in flag and other.is_relative_to(ours)
         if other.is_dir() and (ours.is_relative_to(other) or around):
-            raise ValueError(f"--output_dir {folder} and --{flag} {other} lie in one another; choose a folder outside.")
+            raise ValueError(
+                f"--output_dir {folder} and --{flag} {other}: one lies in the other; choose another folder."
+            )
     lock, owner = FileLock(folder / ".lock", is_singleton=True), folder / ".lock_owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1163,7 +1239,7 @@ def open_output_dir(args):
         owner.write_text(str(os.getpid()))
     except Timeout as error:
         process = f"process {owner.read_text()}" if owner.exists() else "another process"
-        raise ValueError(f"--output_dir {folder} is in use by {process}; wait for it or choose another folder.") from error
+        raise ValueError(f"--output_dir {folder} is in use by {process}; wait, or choose another folder.") from error
     except OSError as error:
         raise ValueError(f"--output_dir {folder} is not writable ({error.strerror}).") from error
     return lock
@@ -1182,24 +1258,25 @@ def check_output_dir(args):
         return
     if args.resume_from_checkpoint and not latest and asked.parent == folder.resolve():
         if asked.name in [path.name for path in checkpoints[:-1]]:
-            raise ValueError(
-                f"--resume_from_checkpoint {asked}: the steps from there on would be mixed with {checkpoints[-1].name}, which is "
-                "later; give another --output_dir, or move the later checkpoints away."
-            )
+            later = f"the steps from there on would be mixed with {checkpoints[-1].name}, which is later"
+            remedy = "give another --output_dir, or move the later checkpoints away."
+            raise ValueError(f"--resume_from_checkpoint {asked}: {later}; {remedy}")
         return
     own = [path for path in checkpoints if (path / STATE_NAME).exists()]
     foreign = [path.name for path in checkpoints if path not in own]
     results = [path.name for path in results_in(folder)]
     if not own and SETTINGS_NAME not in results:  # of another program, or somebody's project
         ours = (folder / "validation").is_dir()  # of a run that ended before its first checkpoint
-        foreign += results + [name for name in ("transformer", *([] if ours else ["samples"])) if (folder / name).exists()]
+        others = ["transformer"] if ours else ["transformer", "samples"]
+        foreign += results + [name for name in others if (folder / name).exists()]
     if foreign:
-        raise ValueError(f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder.")
-    if (own or results) and not args.overwrite_output_dir:
         raise ValueError(
-            f"--output_dir {folder} holds a run ({[*(path.name for path in own), *results][0]}). Go on with it (--resume_from_checkpoint "
-            "latest), choose another folder, or remove what it wrote (--overwrite_output_dir)."
+            f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder."
         )
+    if (own or results) and not args.overwrite_output_dir:
+        told = f"--output_dir {folder} holds a run ({[*(path.name for path in own), *results][0]})"
+        ways = "Go on with it (--resume_from_checkpoint latest), choose another folder"
+        raise ValueError(f"{told}. {ways}, or remove what it wrote (--overwrite_output_dir).")
 
 
 def results_in(folder):
@@ -1212,15 +1289,16 @@ def results_in(folder):
 
 def component_folders(index):
     """Names of the components, each a folder, that a model_index.json lists."""
-    named = {n: value[0] for n, value in index.items() if isinstance(value, list) and value}  # [library, class], or [null, null]
+    # each is [library, class], or [null, null]
+    named = {n: value[0] for n, value in index.items() if isinstance(value, list) and value}
     return [n for n, library in named.items() if isinstance(library, str) and n.isidentifier() and n[0] != "_"]
 
 
 def clear_output_dir(args):
     """Removes what a run wrote into OUTPUT_DIR, and nothing else; contexts are kept."""
     folder = Path(args.output_dir)
-    patterns = [".checkpoint-*.tmp", ".lora.tmp", ".transformer.tmp", "validation/step-*.png", "samples/*.png", "logs/dopsd*"]
-    others = [path for pattern in patterns for path in folder.glob(pattern)]
+    patterns = [".checkpoint-*.tmp", ".lora.tmp", ".transformer.tmp", "samples/*.png", "logs/dopsd*"]
+    others = [path for pattern in [*patterns, "validation/step-*.png"] for path in folder.glob(pattern)]
     for path in [*list_checkpoints(folder), *results_in(folder), *others]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -1276,8 +1354,8 @@ class Training:
 
 def list_checkpoints(output_dir):
     """Folders that are named as complete checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal() and path.is_dir()]
-    return sorted(found, key=step_of)
+    paths = Path(output_dir).glob("checkpoint-*")
+    return sorted((p for p in paths if p.name.split("-", 1)[1].isdecimal() and p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint):
@@ -1350,7 +1428,9 @@ def find_checkpoint(args):
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
     shards = 1
-    if AcceleratorState().distributed_type == DistributedType.FSDP:  # its 8-bit states stay in files of their processes
+    if (
+        AcceleratorState().distributed_type == DistributedType.FSDP
+    ):  # its 8-bit states stay in files of their processes
         shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
     return {
         "images": digest_of(dataset["image_hash"][:]),
@@ -1359,7 +1439,7 @@ def identity_of(args, dataset, cache):
         "prior prompts": digest_of(read_prior_prompts(args)),
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
-        "images per micro-step (--train_batch_size times processes)": args.train_batch_size * PartialState().num_processes,
+        "images per micro-step (--train_batch_size times processes)": images_per_micro_step(args),
         "shards of the weights": shards,
     }
 
@@ -1368,8 +1448,9 @@ def sample_weights(args):
     """Checksum over samples of the files of the base's transformer, whose gigabytes are not read."""
     base, patterns = args.pretrained_model_name_or_path, ["transformer/*.json", "transformer/*.safetensors"]
     base = base if os.path.isdir(base) else snapshot_download(base, revision=args.revision, allow_patterns=patterns)
-    files = sorted(Path(base).glob("transformer/*.safetensors"))
-    return sample_files(p for p in files if len(p.name.split(".")) == (3 if args.variant else 2) and f".{args.variant or ''}" in p.name)
+    # NAME.safetensors, or NAME.VARIANT.safetensors
+    files, dots = sorted(Path(base).glob("transformer/*.safetensors")), 2 if args.variant else 1
+    return sample_files(p for p in files if p.name.count(".") == dots and f".{args.variant or ''}" in p.name)
 
 
 def sample_files(paths):
@@ -1396,9 +1477,11 @@ def check_resume(state, identity, args):
             raise ValueError(f"--{name} is {ours.get(name)}, but {checkpoint} was trained with {theirs.get(name)}.")
     for name, value in identity.items():
         if value != state["identity"].get(name):
-            raise ValueError(f"{checkpoint}: the {name} differ from those it was trained with. Go on with the same, or start in another --output_dir.")
+            told = f"{checkpoint}: the {name} differ from those it was trained with"
+            raise ValueError(f"{told}. Go on with the same, or start in another --output_dir.")
     if state["step"] > args.max_train_steps:
-        raise ValueError(f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}: give at least {state['step']}.")
+        limit = f"--max_train_steps {args.max_train_steps}"
+        raise ValueError(f"{checkpoint} is beyond {limit}: give at least {state['step']}.")
 
 
 def apply_umask(*paths):
@@ -1437,7 +1520,7 @@ def load_weights(tensors, folder):
 
 
 def save_checkpoint(training, args, step):
-    """Writes checkpoint-STEP aside, renames it when all of it is on the disk, and only then removes the oldest beyond the limit."""
+    """Writes checkpoint-STEP aside, renames it when it is on the disk, then removes the oldest beyond the limit."""
     folder, accelerator = Path(args.output_dir), training.accelerator
     final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     if accelerator.is_main_process:
@@ -1449,7 +1532,8 @@ def save_checkpoint(training, args, step):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {p.relative_to(aside).as_posix(): write_through(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        state = {"step": step, "script": Path(__file__).name, "settings": vars(args), "identity": training.identity, "files": files}
+        state = {"step": step, "script": Path(__file__).name, "settings": vars(args)}
+        state |= {"identity": training.identity, "files": files}
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
         write_through(aside / STATE_NAME)
         old = folder / f".checkpoint-{step}.old.tmp"
@@ -1482,7 +1566,8 @@ def report_disk(training, args, first_step):
     count = math.ceil((args.max_train_steps - first_step) / args.checkpointing_steps)
     kept = min(count, args.checkpoints_total_limit or count)
     needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
-    logger.info(f"Checkpoints: {kept} of at most {size / 2**20:,.0f} MiB each (see --checkpointing_steps and --checkpoints_total_limit).")
+    flags = "--checkpointing_steps and --checkpoints_total_limit"
+    logger.info(f"Checkpoints: {kept} of at most {size / 2**20:,.0f} MiB each (see {flags}).")
     with contextlib.suppress(OSError):  # advice ends no run
         if needed > (free := shutil.disk_usage(args.output_dir).free):
             logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
@@ -1490,11 +1575,12 @@ def report_disk(training, args, first_step):
 
 # ------------------------------------------------------------------------------------------------------------- output
 def public_settings(args):
-    """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone, as .../NAME,
-    which is no folder that another run could take for it."""
-    own = args.context_cache_dir == os.path.join(args.output_dir, "contexts")  # another run has another folder
+    """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone,
+    as .../NAME, which is no folder that another run could take for it."""
     texts = "instance_prompt", "teacher_prompt_suffix"
-    shown = {n: f".../{Path(v).name}" if isinstance(v, str) and os.path.isabs(v) and n not in texts else v for n, v in vars(args).items()}
+    paths = {n: v for n, v in vars(args).items() if isinstance(v, str) and os.path.isabs(v) and n not in texts}
+    own = args.context_cache_dir == os.path.join(args.output_dir, "contexts")  # another run has another folder
+    shown = vars(args) | {name: f".../{Path(path).name}" for name, path in paths.items()}
     return shown | ({"context_cache_dir": None} if own else {})
 
 
@@ -1504,21 +1590,25 @@ def settings_to_share(args):
     for name in ("num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"):
         resolve_arguments(family, own := argparse.Namespace(**vars(args) | {name: None}))
         settings[name] = None if getattr(own, name) == getattr(args, name) else settings[name]
-    settings["vlm_model_name_or_path"] = None if args.vlm_model_name_or_path in family.vlms.values() else settings["vlm_model_name_or_path"]
+    settings["vlm_model_name_or_path"] = (
+        None if args.vlm_model_name_or_path in family.vlms.values() else settings["vlm_model_name_or_path"]
+    )
     if "lora_alpha" in settings and args.lora_alpha == args.rank:
         settings["lora_alpha"] = None
     return settings
 
 
 def lora_state_dict(transformer):
-    """Weights of the LoRA with its scale folded into lora_B, so that programs that ignore alpha run it at equal strength."""
+    """Weights of the LoRA with its scale folded into lora_B: programs that ignore alpha run it at equal strength."""
     weights = get_peft_model_state_dict(transformer)
-    scale = {n: transformer.get_submodule(n.split(".lora_B.")[0]).scaling["default"] for n in weights if ".lora_B." in n}
+    scale = {
+        n: transformer.get_submodule(n.split(".lora_B.")[0]).scaling["default"] for n in weights if ".lora_B." in n
+    }
     return {n: (w * scale.get(n, 1.0)).contiguous() for n, w in weights.items()}
 
 
 def save_lora(pipeline, transformer, targets, args, folder):
-    """Writes the LoRA aside in the form that diffusers and ComfyUI load, then renames it into `folder`; the main process does."""
+    """The main process writes the LoRA aside, as diffusers and ComfyUI load it, and renames it into `folder`."""
     if not PartialState().is_main_process:
         return
     aside = Path(folder) / ".lora.tmp"
@@ -1535,11 +1625,14 @@ def save_repository_files(pipeline, args):
     folder = Path(args.output_dir)
     shutil.copyfile(pipeline_dopsd.__file__, folder / "pipeline_dopsd.py")
     # one name for all families: diffusers runs each such file in the same module and allows one pipeline class in it
-    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {type(pipeline).__name__} as Pipeline  # noqa: F401\n")
+    name = type(pipeline).__name__
+    (folder / "pipeline.py").write_text(f"from .pipeline_dopsd import {name} as Pipeline  # noqa: F401\n")
     base_dtype = str(weight_dtype_of(args)).removeprefix("torch.")
-    index = repository_config(pipeline, args.pretrained_model_name_or_path, args.revision, args.num_inference_steps, base_dtype)
+    base = args.pretrained_model_name_or_path, args.revision
+    index = repository_config(pipeline, *base, args.num_inference_steps, base_dtype)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / SETTINGS_NAME).write_text(json.dumps(settings_to_share(args), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    settings = json.dumps(settings_to_share(args), indent=2, ensure_ascii=False)
+    (folder / SETTINGS_NAME).write_text(settings + "\n", "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------ card and push
@@ -1550,14 +1643,16 @@ def gallery(dataset, args):
 
 
 def card_data(args, samples, tags):
-    """Metadata of the card. The base's licence is read from its own card; the Hub is asked for that only before a push."""
+    """Metadata of the card. The base's licence is read from its card; the Hub is asked for it only before a push."""
     base, licence, prompt = args.pretrained_model_name_or_path, {}, args.instance_prompt
     local, task = Path(base).is_dir(), "image-to-image" if args.reference_column else "text-to-image"
     with contextlib.suppress(Exception):  # no card, not in the cache, or not readable: then no licence is claimed
         options = {"revision": args.revision, "local_files_only": not args.push_to_hub}
-        data = ModelCard.load(Path(base) / "README.md" if local else hub.hf_hub_download(base, "README.md", **options)).data
+        card = Path(base) / "README.md" if local else hub.hf_hub_download(base, "README.md", **options)
+        data = ModelCard.load(card).data
         licence = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
-    widget = [{"text": samples[name], "output": {"url": name}} for name in samples if (Path(args.output_dir) / name).exists()]
+    there = [name for name in samples if (Path(args.output_dir) / name).exists()]
+    widget = [{"text": samples[name], "output": {"url": name}} for name in there]
     what = {"library_name": "diffusers", "pipeline_tag": task, "tags": [task, "diffusers", "d-opsd", *tags]}
     base = None if local else base  # the Hub refuses what is no repository
     return hub.ModelCardData(base_model=base, instance_prompt=prompt, widget=widget or None, **what, **licence)
@@ -1565,7 +1660,8 @@ def card_data(args, samples, tags):
 
 def training_command(args):
     """The command that trained this, without flags that have their default."""
-    defaults = vars(parse_args(["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-"]))
+    required = ("pretrained_model_name_or_path", "instance_data_dir", "output_dir")
+    defaults = vars(parse_args([f"--{name}=-" for name in required]))
     defaults |= {"lora_alpha": args.rank} if "rank" in args else {}
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
@@ -1586,14 +1682,16 @@ def repository_name(args):
 def result_weights(args):
     """Checksum over samples of the weights in OUTPUT_DIR."""
     folder = Path(args.output_dir)
-    return sample_files(p for p in [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))] if p.exists())
+    paths = [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))]
+    return sample_files(path for path in paths if path.exists())
 
 
 def measured(args):
-    """What OUTPUT_DIR/report.json, which examples/evaluate.py writes, says of these very weights, as a table; a sentence without one."""
+    """The table in OUTPUT_DIR/report.json of examples/evaluate.py, if it is of these very weights, or a sentence."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         report = json.loads((Path(args.output_dir) / "report.json").read_text("utf-8"))
-        rows = [f"| {row['question']} | {row['answer']} | {row['figure']} | {row['limit']} |" for row in report["table"]]
+        columns = ("question", "answer", "figure", "limit")
+        rows = [f"| {' | '.join(str(row[name]) for name in columns)} |" for row in report["table"]]
         if report["weights"] == result_weights(args):
             return "\n".join(["", "| | | measured, with 95 % interval | limit |", "|---|---|---|---|", *rows])
     return "How well it still draws what the base can draw was not measured by the training script."
@@ -1610,8 +1708,8 @@ from diffusers import DiffusionPipeline{load}
 
 {loading}
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")  # or, with less memory: pipe.enable_model_cpu_offload()
-image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution}, num_inference_steps={args.num_inference_steps},
-             guidance_scale=0.0).images[0]
+image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resolution},
+             num_inference_steps={args.num_inference_steps}, guidance_scale=0.0).images[0]
 image.save("image.png")"""
 
 
@@ -1635,8 +1733,8 @@ def save_card(args, samples, step, name, about, loading, tags):
 
 # {name}
 
-{about}, trained with [D-OPSD](https://arxiv.org/abs/2605.05204) on the base's own few-step rollouts. It is used as the base is:
-{args.num_inference_steps} steps, no guidance.
+{about}, trained with [D-OPSD](https://arxiv.org/abs/2605.05204) on the base's own few-step rollouts.
+It is used as the base is: {args.num_inference_steps} steps, no guidance.
 
 {"<Gallery />" if data.widget else ""}
 
@@ -1646,8 +1744,9 @@ def save_card(args, samples, step, name, about, loading, tags):
 
 ## Training
 
-{step} steps with a batch of {images}, rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained, learning rate
-{args.learning_rate}. The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
+{step} steps with a batch of {images}, learning rate {args.learning_rate},
+rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
+The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
 
 ```bash
 {training_command(args)}
@@ -1655,7 +1754,8 @@ def save_card(args, samples, step, name, about, loading, tags):
 
 ## Limits
 
-It draws what its teacher could draw when it saw the training images, at the steps above, from {given} and without guidance.
+It draws what its teacher could draw when it saw the training images, at the steps above, from {given}
+and without guidance.
 {measured(args)}
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")
@@ -1663,12 +1763,12 @@ It draws what its teacher could draw when it saw the training images, at the ste
 
 def push_command(args, files):
     """The command that pushes the `files` (patterns) of OUTPUT_DIR later."""
-    private = ["--private"] if args.hub_private_repo else []
-    return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *private, *(f"--include={file}" for file in files)])
+    flags = [*(["--private"] if args.hub_private_repo else []), *(f"--include={file}" for file in files)]
+    return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *flags])
 
 
 def conclude(args, code, files):
-    """The last lines of a run: where the result is, code that draws with it, and the command that pushes its `files`."""
+    """The last lines of a run: where the result is, code that draws with it, the command that pushes its `files`."""
     pictures = f", pictures in {args.output_dir}/validation" if args.validation_steps else ""
     logger.info(f"The result is in {args.output_dir}{pictures}. To draw with it:\n\n{code}\n")
     if files and not args.push_to_hub:
@@ -1690,8 +1790,9 @@ def push(args, step, save_card, files, message):
             if asked[-1] - asked[0] > args.hub_timeout:
                 raise TimeoutError("the Hub is busy with another change")
 
-    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
-    hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]  # without that of the push before
+    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy; a push before left a
+    # stop
+    hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]
     limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
     hub.set_client_factory(lambda: type(client)(**limits))
     try:
@@ -1706,7 +1807,8 @@ def push(args, step, save_card, files, message):
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason}). Log in and push it with: {push_command(args, files)}"
+        failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason})."
+        failure += f" Log in and push it with: {push_command(args, files)}"
         if step == args.max_train_steps:
             raise InputError(failure) from error
         logger.warning(failure)
@@ -1718,7 +1820,8 @@ def publish_lora(pipeline, save, samples, args, accelerator, step):
         return
     save(args.output_dir)
     save_repository_files(pipeline, args)
-    card, files = functools.partial(save_lora_card, args, samples, step), [LORA_WEIGHT_NAME, *REPOSITORY_FILES, *samples]
+    card = functools.partial(save_lora_card, args, samples, step)
+    files = [LORA_WEIGHT_NAME, *REPOSITORY_FILES, *samples]
     card(repository_name(args))
     if args.push_to_hub:
         push(args, step, card, files, f"LoRA trained with D-OPSD, step {step}")
@@ -1730,8 +1833,8 @@ def publish_lora(pipeline, save, samples, args, accelerator, step):
 def lora_loading_code(args, name):
     """Lines of code that load the LoRA in the folder or repository `name`."""
     revision = f", revision={json.dumps(args.revision)}" if args.revision else ""
-    base = f"pipe = DiffusionPipeline.from_pretrained({json.dumps(args.pretrained_model_name_or_path)}{revision}, dtype=torch.bfloat16)"
-    return f"{base}\npipe.load_lora_weights({json.dumps(name)})"
+    base = f"{json.dumps(args.pretrained_model_name_or_path)}{revision}, dtype=torch.bfloat16"
+    return f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({json.dumps(name)})"
 
 
 def save_lora_card(args, samples, step, name):
@@ -1742,7 +1845,7 @@ def save_lora_card(args, samples, step, name):
 
 # ------------------------------------------------------------------------------------------------------------- checks
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
-    """Raises ValueError for a `name` that is neither here nor on the Hub. The libraries would ask the Hub six times."""
+    """Raises ValueError for a `name` that is neither here nor on the Hub, which libraries would ask six times."""
     if os.path.exists(name):
         return
     try:
@@ -1751,13 +1854,16 @@ def check_source(flag, name, revision=None, repo_type="model", file="model_index
         if not cached and not is_offline_mode():
             hub.repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
     except Exception as error:  # also of the network
-        reasons = {HFValidationError: "no repository can have that name", RepositoryNotFoundError: "the Hub shows you none"}
+        reasons = {
+            HFValidationError: "no repository can have that name",
+            RepositoryNotFoundError: "the Hub shows you none",
+        }
         reason = reasons.get(type(error), f"asking the Hub failed ({error}); HF_HUB_OFFLINE=1 uses its cache")
         raise ValueError(f"--{flag} {name} is no folder, and {reason}.") from error
 
 
 def check_weights(flag, name, parts, variant=None):
-    """Raises ValueError for weights in a folder that are missing or cut off; only the beginnings of their files are read."""
+    """Raises ValueError for weights in a folder that are missing or cut off; reads the beginnings of files alone."""
     if not Path(name).is_dir():
         return  # what the Hub sends is checked as it arrives
     if variant and not any(Path(name).glob(f"*/*.{variant}*")):
@@ -1775,9 +1881,10 @@ def check_weights(flag, name, parts, variant=None):
 
 
 def check_packages(args, sharded=False):
-    """Raises ValueError where an optimiser, of weights `sharded` by FSDP or not, a tracker or a quantisation cannot work on this machine."""
+    """Raises ValueError for what cannot work on this machine; `sharded`: FSDP shards what the optimiser trains."""
     packages = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
-    packages |= {"adamw8bit": "torchao" if sharded else "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
+    packages |= {"prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
+    packages["adamw8bit"] = "torchao" if sharded else "bitsandbytes"
     for flag in ("report_to", "optimizer", "quantization", "encoder_quantization"):
         kind = getattr(args, flag, None)  # a fully trained transformer is never quantised
         if kind in QUANTIZATIONS and args.mixed_precision != "bf16":
@@ -1799,7 +1906,9 @@ def resolve_arguments(family, args):
     if args.teacher_context == "vlm":
         args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
     if args.teacher_context not in family.teacher_contexts:
-        raise ValueError(f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}.")
+        raise ValueError(
+            f"--teacher_context {args.teacher_context}: this model has {', '.join(family.teacher_contexts)}."
+        )
     if args.reference_column and "edit" not in family.teacher_contexts:
         raise ValueError("--reference_column: this model takes no reference images.")
     if args.teacher_prompt_suffix is None:
@@ -1820,13 +1929,15 @@ def check_references(family, args, dataset):
 
 
 def check_contexts(family, args, dataset, pairs):
-    """Raises ValueError for a VLM that does not fit, a text with a special token and a context that is too long; reads no weights."""
+    """Raises ValueError for a VLM that does not fit, a text with a special token and a context that is too long."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         text_config = transformers.AutoConfig.from_pretrained(**base, subfolder="text_encoder")
         tokenizer = transformers.AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
-        transformer_config, config = family.transformer_class.load_config(**base, subfolder="transformer"), family.load_config(**base)
-        longest, longest_prompt = family.max_context_length(transformer_config, config), family.max_prompt_length(config)
+        transformer_config = family.transformer_class.load_config(**base, subfolder="transformer")
+        config = family.load_config(**base)
+        longest = family.max_context_length(transformer_config, config)
+        longest_prompt = family.max_prompt_length(config)
         no_prompt = family.prompt_length(tokenizer, "")
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
@@ -1847,7 +1958,7 @@ def check_contexts(family, args, dataset, pairs):
         text = caption if index is None else caption + suffix
         if token := next((token for token in special if token and token in text), None):
             place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
-            raise ValueError(f"{place} holds {token}, which the tokenizer reads as a mark of the chat; write it otherwise.")
+            raise ValueError(f"{place} holds {token}, a mark of the chat; write it in another way.")
         prompt = text if edit else caption
         limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
         if not edit and index is not None:
@@ -1858,7 +1969,8 @@ def check_contexts(family, args, dataset, pairs):
             # a token is at least one byte: of most texts no token needs to be counted
             if without + len(text.encode()) > limit and (length := length_of()) > limit:
                 place = place_of(dataset, index, caption, args)
-                raise ValueError(f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}. Shorten it{remedy}.")
+                told = f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}"
+                raise ValueError(f"{told}. Shorten it{remedy}.")
 
 
 def place_of(dataset, index, caption, args):
@@ -1873,15 +1985,16 @@ def place_of(dataset, index, caption, args):
     row = dataset[index]
     if caption not in row["captions"]:
         return "--validation_prompt"
-    return f"caption {row['captions'].index(caption) + 1} of row {row['row']} ({row['image']['path'] or args.dataset_name})"
+    source = row["image"]["path"] or args.dataset_name
+    return f"caption {row['captions'].index(caption) + 1} of row {row['row']} ({source})"
 
 
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load.
 
     Returns:
-        Family, dataset, (row index, caption) pairs, cache of contexts, identity and the state to resume from; see `identity_of` and
-        `find_checkpoint`.
+        Family, dataset, (row index, caption) pairs, cache of contexts, identity and the state to resume from; see
+        `identity_of` and `find_checkpoint`.
 
     Raises:
         ValueError: with one sentence that names the flag or file.
@@ -1894,19 +2007,19 @@ def check_inputs(args):
     if args.push_to_hub:
         with blamed_on("--hub_model_id"):
             validate_repo_id(repository_name(args))
-    check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
-    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        family = family_of(args.pretrained_model_name_or_path, args.revision)
-        vae_config = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
-        multiple = family.size_multiple(vae_config)
-    check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, ["text_encoder", "transformer", "vae"], args.variant)
+    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    check_source(flag, base, args.revision)
+    with blamed_on(f"--{flag} {base}"):
+        family = family_of(base, args.revision)
+        multiple = family.size_multiple(family.vae_class.load_config(base, subfolder="vae", revision=args.revision))
+    check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
     resolve_arguments(family, args)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
-        batches = epoch_order(layouts_of(dataset, args), args.train_batch_size * PartialState().num_processes, args.seed, 0)
+        batches = epoch_order(layouts_of(dataset, args), images_per_micro_step(args), args.seed, 0)
         micro_steps = args.num_train_epochs * len(batches)
         if args.prior_prompts != "none":  # beside them, so that each image is drawn as often as asked
             micro_steps += (micro_steps - 1) // (args.prior_every - 1)
@@ -1921,13 +2034,13 @@ def check_inputs(args):
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
     prior_prompts = read_prior_prompts(args)
     pairs += [(None, prompt) for prompt in prior_prompts]
-    counts = {
-        "images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:]))), "captions": sum(map(len, captions)),
-        "references": sum(map(len, dataset["reference_hashes"][:])), "prior prompts": len(prior_prompts),
-    }  # fmt: skip
+    counts = {"images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:])))}
+    counts |= {"captions": sum(map(len, captions)), "references": sum(map(len, dataset["reference_hashes"][:]))}
+    counts["prior prompts"] = len(prior_prompts)
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     if len(dataset) > 1 and len({caption for own in captions for caption in own}) == 1:
-        logger.info("All images have the same caption. Captions that say what else each image shows teach more: see README.md.")
+        advice = "Captions that say what else each image shows teach more: see README.md."
+        logger.info(f"All images have the same caption. {advice}")
     check_contexts(family, args, dataset, pairs)
     cache = ContextCache(family, args)
     identity = identity_of(args, dataset, cache)
@@ -1940,14 +2053,16 @@ def check_inputs(args):
 def make_accelerator(args):
     """Accelerator, logging and seeds; `args.mixed_precision` becomes what accelerate resolved it to."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError("DeepSpeed is not supported: launch with a --config_file of examples/accelerate, or run `accelerate config` anew.")
+        remedy = "launch with a --config_file of examples/accelerate, or run `accelerate config` anew."
+        raise InputError(f"DeepSpeed is not supported: {remedy}")
+    # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
+    # and processes wait for one that reads a large dataset or pushes
+    waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
-        # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
-        # and processes wait for one that reads a large dataset or pushes
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting],
     )
     args.mixed_precision = accelerator.mixed_precision
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
@@ -1965,13 +2080,15 @@ def make_accelerator(args):
 
 
 def quantization_config(component, kind, library):
-    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed precision."""
+    """How the weights of a pipeline's `component`, a model of `library`, are held; None for the dtype of mixed
+    precision."""
     if not kind:
         return None
-    whole = ["visual", "lm_head"]  # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
+    # what sees in a text encoder, as in a VLM beside one, and an output that nobody asks for
+    whole = ["visual", "lm_head"]
     if kind == "nf4":
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16, "llm_int8_skip_modules": whole}
-        config = library.BitsAndBytesConfig(load_in_4bit=True, **options)
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        config = library.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=whole, **options)
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -1979,13 +2096,19 @@ def quantization_config(component, kind, library):
     return diffusers.PipelineQuantizationConfig(quant_mapping={component: config})
 
 
+def load_pipeline(family, args, quantization_config, **components):
+    """The base's pipeline with the weights in the dtype of mixed precision, or quantised; `components` of None are
+    left out."""
+    options = {"revision": args.revision, "variant": args.variant, "dtype": weight_dtype_of(args)}
+    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        options |= {"quantization_config": quantization_config, **components}
+        return family.from_pretrained(args.pretrained_model_name_or_path, **options)
+
+
 def load_for_training(family, args, quantization_config=None):
     """The pipeline with the transformer, not yet trainable, and, where there is validation, the VAE; no encoders."""
     logger.info("Loading the transformer.")
-    with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        weights = {"variant": args.variant, "dtype": weight_dtype_of(args), "quantization_config": quantization_config}
-        options = {"revision": args.revision, "text_encoder": None, "tokenizer": None, **weights}
-        pipeline = family.from_pretrained(args.pretrained_model_name_or_path, **options)
+    pipeline = load_pipeline(family, args, quantization_config, text_encoder=None, tokenizer=None)
     if not args.validation_steps:
         pipeline.vae = None  # it was needed for its scale factor alone
     pipeline.set_progress_bar_config(disable=True)
@@ -1995,13 +2118,15 @@ def load_for_training(family, args, quantization_config=None):
 
 def place_for_training(pipeline, args, accelerator):
     """Moves the pipeline to the accelerator and makes it compute as the flags say."""
-    moved = pipeline.vae if accelerator.is_fsdp2 else pipeline  # FSDP moves the transformer in shards; the whole may not fit
+    # FSDP moves the transformer in shards; the whole may not fit
+    moved = pipeline.vae if accelerator.is_fsdp2 else pipeline
     if moved:
         moved.to(accelerator.device)
     if pipeline.vae and args.enable_vae_tiling:
         pipeline.vae.enable_tiling()
     save_memory_and_time(pipeline.transformer, args)
-    # norms answer in the dtype that they are given, as in inference: attention and quantised layers would go on in autocast's fp32
+    # norms answer in the dtype that they are given, as in inference: attention and quantised layers would go on in
+    # autocast's fp32
     for module in pipeline.transformer.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, RMSNorm)):
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
@@ -2025,12 +2150,14 @@ def save_memory_and_time(transformer, args):
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     if args.compile_blocks:
-        torch._dynamo.config.recompile_limit = 64  # lengths of contexts and sizes of images, each with and without gradient
+        # lengths of contexts and sizes of images, each with and without gradient
+        torch._dynamo.config.recompile_limit = 64
         transformer.compile_repeated_blocks()
 
 
 def build_without_weights(family, args):
-    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes alone."""
+    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes
+    alone."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     parts = {"transformer": family.transformer_class, "vae": family.vae_class}
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"), torch.device("meta"):
@@ -2068,7 +2195,7 @@ def offload_blocks(blocks, device):
             setattr(layer, name, torch.nn.Parameter(weight, requires_grad=False))
 
     for block in blocks:
-        home = [(layer, name, p.data) for layer in block.modules() for name, p in layer.named_parameters(recurse=False)]
+        home = [(layer, n, p.data) for layer in block.modules() for n, p in layer.named_parameters(recurse=False)]
         if device.type == "cuda":
             home = [(layer, name, weight.pin_memory()) for layer, name, weight in home]
         place(home, False)
@@ -2079,15 +2206,16 @@ def offload_blocks(blocks, device):
 
 def add_lora(pipeline, targets, args):
     """Adds the LoRA in fp32 to the layers `targets` of the transformer. Returns names and parameters."""
-    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora, init_lora_weights="gaussian",
-                        target_modules=targets, lora_dropout=args.lora_dropout)  # fmt: skip
+    options = {"lora_alpha": args.lora_alpha, "use_rslora": args.use_rslora, "lora_dropout": args.lora_dropout}
+    config = LoraConfig(r=args.rank, target_modules=targets, init_lora_weights="gaussian", **options)
     pipeline.transformer.add_adapter(config)
     cast_training_params(pipeline.transformer, dtype=torch.float32)
     for module in pipeline.transformer.modules():
         if isinstance(module, LoraLayer):  # autocast chooses the dtype; peft would first copy every input to fp32
             module.cast_input_dtype_enabled = args.mixed_precision == "no"
             if args.lora_dropout:  # teacher and validation, which run without gradients, are given the whole LoRA
-                module.lora_dropout["default"].register_forward_hook(lambda _, given, left: left if torch.is_grad_enabled() else given[0])
+                dropout = module.lora_dropout["default"]
+                dropout.register_forward_hook(lambda _, given, left: left if torch.is_grad_enabled() else given[0])
     return zip(*[(name, p) for name, p in pipeline.transformer.named_parameters() if p.requires_grad])
 
 
@@ -2130,14 +2258,15 @@ def check_finite(losses, grad_norm=0.0):
 
 
 def log_steps(pending, started, bar, args, training):
-    """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state (2, K), the
-    gradient norm and the learning rate. A state that was not drawn is left out.
+    """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state
+    (2, K), the gradient norm and the learning rate. A state that was not drawn is left out.
 
     Between two calls the device waits for no reading, unless each update must be checked before it is made.
     """
     accelerator = training.accelerator
     table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()
-    timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending), "peak_memory_gib": peak_memory_gib(accelerator.device)}
+    timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending)}
+    timing["peak_memory_gib"] = peak_memory_gib(accelerator.device)
     for (step, *_, lr), (*sums_and_counts, grad_norm) in zip(pending, table, strict=True):
         sums, counts = sums_and_counts[: args.rollout_steps], sums_and_counts[args.rollout_steps :]
         # with fp16 the gradient scaler skips a step whose gradient is not finite
@@ -2147,7 +2276,8 @@ def log_steps(pending, started, bar, args, training):
         # of a fused backward, no gradient is left to be measured
         norm = {} if getattr(args, "fused_backward_pass", False) else {"grad_norm": grad_norm}
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
-        if not (args.prior_prompts != "none" and step % args.prior_every == 0):  # a prior prompt's teacher may well equal the student
+        # a prior prompt's teacher may well equal the student
+        if args.prior_prompts == "none" or step % args.prior_every:
             training.history.append((loss, grad_norm if norm else math.nan))
     warn_once(training)
     bar.set_postfix(loss=np.mean([loss for loss, _ in training.history[-20:]] or [loss]), lr=lr)
@@ -2157,15 +2287,15 @@ def warn_once(training):
     """Says once what losses and gradients show when a run cannot come to anything, with the likely cause."""
     del training.history[20:-20]
     losses, norms = zip(*training.history) if training.history else ((), ())
-    signs = {
-        "Teacher and student predict the same, so nothing is learned: the teacher's context does not show it the image. Look at the "
-        "teacher's column of the first validation picture.": losses and max(losses) < 1e-12,
-        "All gradients are zero, so the weights stay as they are: see --lora_layers, --learning_rate and --mixed_precision.":
-            len(norms) >= 10 and max(losses) >= 1e-12 and not any(norms),
-        "The loss has grown tenfold since the start: the learning rate is too high, or the teacher follows too fast (--ema_decay).":
-            len(losses) >= 40 and np.mean(losses[-20:]) > 10 * np.mean(losses[:20]),
-    }  # fmt: skip
-    for text, seen in signs.items():
+    alike = "Teacher and student predict the same, so nothing is learned: the teacher does not see the image. "
+    alike += "Look at its column of the first validation picture."
+    still = "All gradients are zero, so the weights stay as they are: see --lora_layers and --mixed_precision."
+    growing = "The loss has grown tenfold since the start: lower --learning_rate, or raise --ema_decay."
+    for text, seen in [
+        (alike, losses and max(losses) < 1e-12),
+        (still, len(norms) >= 10 and max(losses) >= 1e-12 and not any(norms)),
+        (growing, len(losses) >= 40 and np.mean(losses[-20:]) > 10 * np.mean(losses[:20])),
+    ]:
         if seen and text not in training.warned:
             training.warned.add(text)
             logger.warning(text)
@@ -2173,9 +2303,9 @@ def warn_once(training):
 
 # ------------------------------------------------------------------------------------------------- stops and failures
 class Stop:
-    """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when a second
-    one comes a second later or more, the process ends at once. Sooner, it is the same one, which a launcher has passed on. A
-    launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
+    """SIGTERM, SIGINT and SIGHUP end a training after the step at hand, with a checkpoint; at any other time, and when
+    a second one comes a second later or more, the process ends at once. Sooner, it is the same one, which a launcher
+    has passed on. A launcher that is gone counts as SIGTERM, since nobody else would end its processes."""
 
     def __init__(self):
         self.number, self.since, self.training, self.process = 0, 0.0, False, None
@@ -2207,7 +2337,7 @@ class Stop:
         if self.number and now - self.since < 1:
             return
         if self.number or not self.training:
-            told = "What was written is kept. To go on, run the command again; from a checkpoint with --resume_from_checkpoint latest."
+            told = "What was written is kept. To go on, run the command again, with --resume_from_checkpoint latest."
             os.write(2, f"\nStopped by {name}. {told}\n".encode())
             os._exit(128 + number)
         os.write(2, f"\n{name}: the step at hand is finished and saved; a second signal ends at once.\n".encode())
@@ -2253,8 +2383,8 @@ def encoding_savings(args):
 
 @contextlib.contextmanager
 def explain_failures(savings, folder):
-    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need less; a disk that
-    is full or a file that cannot be written or read becomes one that names it, or `folder`."""
+    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need
+    less; a disk that is full or a file that cannot be written or read becomes one that names it, or `folder`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -2262,13 +2392,14 @@ def explain_failures(savings, folder):
         raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
     except (OSError, SafetensorError) as error:
         where = "" if getattr(error, "filename", None) else f"{folder}: "
-        raise InputError(f"{where}{error}. What was written before is kept; --resume_from_checkpoint latest goes on from it.") from error
+        told = "What was written before is kept; --resume_from_checkpoint latest goes on from it."
+        raise InputError(f"{where}{error}. {told}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- training
 def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish, args):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
-    accelerator, transformer, teacher, optimizer = training.accelerator, training.transformer, training.teacher, training.optimizer
+    accelerator, transformer, teacher = training.accelerator, training.transformer, training.teacher
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     # FSDP gathers weights in every forward, so all processes must take part in a validation
     validating = args.validation_steps and (accelerator.is_main_process or accelerator.is_fsdp2)
@@ -2284,26 +2415,26 @@ def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish
         prior = prior_prompts if prior_steps(micro_step + 1, args) > prior_steps(micro_step, args) else []
         return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
 
-    micro_steps = range(first_step * args.gradient_accumulation_steps, args.max_train_steps * args.gradient_accumulation_steps)
-    batches = read_ahead(batch_at, micro_steps)
-    bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Steps",
-               disable=not accelerator.is_local_main_process)  # fmt: skip
+    accumulated = args.gradient_accumulation_steps
+    batches = read_ahead(batch_at, range(first_step * accumulated, args.max_train_steps * accumulated))
+    shown = {"desc": "Steps", "disable": not accelerator.is_local_main_process}
+    bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, **shown)
     pending, started, STOP.training = [], time.perf_counter(), True
     for step in bar:
         # what dropout drops and an update rounds is the same in all processes, and in a resumed run
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
         table = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            batch = *next(batches), draw_states(args, places_in_run(step * args.gradient_accumulation_steps + micro, args, accelerator))
+        for micro in range(accumulated):
+            batch = *next(batches), draw_states(args, places_in_run(step * accumulated + micro, args, accelerator))
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
-            synchronize = micro == args.gradient_accumulation_steps - 1
+            synchronize = micro == accumulated - 1
             table += backward_each_state(states, transformer, args, accelerator, synchronize)
         table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        optimizer.step()
+        training.optimizer.step()
         training.lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        training.optimizer.zero_grad(set_to_none=True)
         teacher.step()
 
         done = step + 1
@@ -2334,9 +2465,12 @@ def main(args):
     accelerator = make_accelerator(args)
     try:
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml).")
+            raise ValueError(
+                "A LoRA is small: launch several processes without FSDP (see examples/accelerate/ddp.yaml)."
+            )
         if args.push_to_hub and Path(args.pretrained_model_name_or_path).is_dir():
-            raise ValueError("--push_to_hub: others do not have the base's folder; give --pretrained_model_name_or_path its id on the Hub.")
+            flag = "give --pretrained_model_name_or_path its id on the Hub"
+            raise ValueError(f"--push_to_hub: others do not have the base's folder; {flag}.")
         check_packages(args)
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
@@ -2355,7 +2489,9 @@ def main(args):
         place_for_training(pipeline, args, accelerator)
         names, parameters = add_lora(pipeline, targets, args)
         count = sum(p.numel() for p in parameters)
-        logger.info(f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}.")
+        logger.info(
+            f"LoRA: {len(targets)} layers, {count:,} parameters in fp32, rank {args.rank}, alpha {args.lora_alpha}."
+        )
         teacher = LoRATeacher(pipeline.transformer, parameters, args.ema_decay)
         optimizer = make_optimizer(parameters, args)
         lr_scheduler = make_lr_scheduler(optimizer, args)

@@ -1,10 +1,13 @@
-"""Converts a LoRA to the form that diffusers and ComfyUI load at equal strength, which is what train_dopsd_lora.py writes.
+"""Converts a LoRA to the form that diffusers and ComfyUI load at equal strength, which is what train_dopsd_lora.py
+writes.
 
-    python examples/convert_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo --lora old.safetensors --output_dir my_lora
+    python examples/convert_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
+        --lora old.safetensors --output_dir my_lora
 
-Understood are PEFT's raw keys (`base_model.model.LAYER.lora_A.weight`, also with an adapter's name in them), whose alpha stands in
-adapter_config.json beside the file or is given with --lora_alpha, and kohya's keys (`lora_unet_LAYER.lora_down.weight`, `.alpha`).
-Anything else is refused: a key that is dropped in silence is a layer that is lost.
+Understood are PEFT's raw keys (`base_model.model.LAYER.lora_A.weight`, also with an adapter's name in them), whose
+alpha stands in adapter_config.json beside the file or is given with --lora_alpha, and kohya's keys
+(`lora_unet_LAYER.lora_down.weight`, `.alpha`). Anything else is refused: a key that is dropped in silence is a layer
+that is lost.
 """
 
 import argparse
@@ -26,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline_dopsd import LORA_WEIGHT_NAME, family_of  # noqa: E402
 
 
-PEFT = re.compile(r"(?:base_model\.model\.|transformer\.|diffusion_model\.)*(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.[\w-]+)?\.weight")
+PEFT = re.compile(
+    r"(?:base_model\.model\.|transformer\.|diffusion_model\.)*(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.[\w-]+)?\.weight"
+)
 KOHYA = re.compile(r"lora_(?:unet|transformer)_(?P<layer>\w+)\.(?P<part>lora_down|lora_up|alpha)(?:\.weight)?")
 PARTS = {"lora_A": "A", "lora_B": "B", "lora_down": "A", "lora_up": "B", "alpha": "alpha"}
 
@@ -34,7 +39,9 @@ PARTS = {"lora_A": "A", "lora_B": "B", "lora_down": "A", "lora_up": "B", "alpha"
 def linear_shapes(family, base):
     """Layer -> (out features, in features) of the base's transformer, which is built without weights."""
     with init_empty_weights():
-        transformer = family.transformer_class.from_config(family.transformer_class.load_config(base, subfolder="transformer"))
+        transformer = family.transformer_class.from_config(
+            family.transformer_class.load_config(base, subfolder="transformer")
+        )
     return {n: tuple(m.weight.shape) for n, m in transformer.named_modules() if hasattr(m, "in_features")}
 
 
@@ -49,7 +56,9 @@ def read_layers(tensors, names, kohya):
     for key, tensor in tensors.items():
         found = (KOHYA if kohya else PEFT).fullmatch(key)
         if not found or found["layer"] not in known:
-            raise ValueError(f"{key} is not understood: no LoRA weight of a layer of this base with PEFT's or kohya's keys.")
+            raise ValueError(
+                f"{key} is not understood: no LoRA weight of a layer of this base with PEFT's or kohya's keys."
+            )
         parts, part = layers.setdefault(known[found["layer"]], {}), PARTS[found["part"]]
         if part in parts:
             raise ValueError(f"{key} is a second weight for {known[found['layer']]}: the file holds several adapters.")
@@ -102,8 +111,12 @@ def convert(file, shapes, alpha=None):
         if not a.numel() or a.shape != (len(a), shapes[name][1]) or b.shape != (shapes[name][0], len(a)):
             raise ValueError(f"{name} is {tuple(b.shape)} x {tuple(a.shape)}, the base's layer is {shapes[name]}.")
         scaled = b.float() * scale_of(parts, kohya, config, alpha)
-        dtype = b.dtype if torch.equal(scaled.to(b.dtype).float(), scaled) else torch.float32  # where half precision would round
-        result |= {f"{name}.lora_A.weight": a.to(dtype).contiguous(), f"{name}.lora_B.weight": scaled.to(dtype).contiguous()}
+        # where half precision would round
+        dtype = b.dtype if torch.equal(scaled.to(b.dtype).float(), scaled) else torch.float32
+        result |= {
+            f"{name}.lora_A.weight": a.to(dtype).contiguous(),
+            f"{name}.lora_B.weight": scaled.to(dtype).contiguous(),
+        }
     if not result:
         raise ValueError("the file holds no weights.")
     return result
@@ -113,7 +126,9 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base that the LoRA was trained on")
     parser.add_argument("--lora", type=Path, required=True, help="the file to convert")
-    parser.add_argument("--lora_alpha", type=float, help="alpha of a file with PEFT's keys, if adapter_config.json is missing")
+    parser.add_argument(
+        "--lora_alpha", type=float, help="alpha of a file with PEFT's keys, if adapter_config.json is missing"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help=f"folder that {LORA_WEIGHT_NAME} is written to")
     args = parser.parse_args(input_args)
     written = args.output_dir / LORA_WEIGHT_NAME

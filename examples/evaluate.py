@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""Says before a training what its teacher can show, after it what was learned and what was kept, and repeats the paper's protocol.
+"""Says before a training what its teacher can show, after it what was learned and what was kept, and repeats the
+paper's protocol.
 
-    python examples/evaluate.py teacher --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo --instance_data_dir my_images \\
-        --instance_prompt "a photo of sks dog" --mixed_precision bf16 --output_dir my_lora
+    python examples/evaluate.py teacher --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
+        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --mixed_precision bf16 --output_dir my_lora
     python examples/evaluate.py report --output_dir my_lora --instance_data_dir my_images
     python examples/evaluate.py paper --output_dir my_lora --instance_data_dir my_images --paper_prompts prompts.jsonl
 
-OUTPUT_DIR is that of the training; contexts are shared with it. `report` and `paper` read the flags of the training from there, except
-absolute paths, which it does not keep. Each picture is a file in OUTPUT_DIR/evaluation and is not drawn again with the same models and
-settings. The encoders of pictures load once the text-to-image model has left memory, one after another. torchvision is not needed.
+OUTPUT_DIR is that of the training; contexts are shared with it. `report` and `paper` read the flags of the training
+from there, except absolute paths, which it does not keep. Each picture is a file in OUTPUT_DIR/evaluation and is not
+drawn again with the same models and settings. The encoders of pictures load once the text-to-image model has left
+memory, one after another. torchvision is not needed.
 """
 
 import argparse
@@ -47,16 +49,31 @@ from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of
 
 
 # flags of the training scripts that are honoured here
-DATA = ["instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "reference_column", "instance_prompt"]
+DATA = [
+    "instance_data_dir",
+    "dataset_name",
+    "dataset_config_name",
+    "image_column",
+    "caption_column",
+    "reference_column",
+    "instance_prompt",
+]
 DATA += ["dataset_num_workers", "skip_broken_images"]
 DRAWING = [
     "pretrained_model_name_or_path", "revision", "variant", "encoder_quantization", "quantization", "resolution", "context_cache_dir", "context_dtype",
     "num_inference_steps", "attention_backend", "mixed_precision", "allow_tf32", "seed", "output_dir", "enable_vae_tiling",
 ]  # fmt: skip
 WAYS = ["teacher_context", "teacher_image", "teacher_max_pixels", "teacher_prompt_suffix"]
-# of the same model, for the first noises of a prompt: where few steps come to the same picture, no few-step ability is lost
+# of the same model, for the first noises of a prompt: where few steps come to the same picture, no few-step ability is
+# lost
 MANY_STEPS, MANY_NOISES = 30, 2
-SURROUNDINGS = ["on a beach at sunset", "in a snowy forest", "in a bright kitchen", "on a city street at night", "as an oil painting"]
+SURROUNDINGS = [
+    "on a beach at sunset",
+    "in a snowy forest",
+    "in a bright kitchen",
+    "on a city street at night",
+    "as an oil painting",
+]
 # what a model must still draw after a training; none is among the built-in prior prompts, which it practises
 ORDINARY = """\
 a smiling young man with curly hair, studio portrait
@@ -111,7 +128,8 @@ a green cube on the left of a grey sphere
 five candles in a row, only one of them lit
 a giraffe wearing a striped scarf
 a dragon asleep on a pile of books""".split("\n")
-# Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried them.
+# Calibrated on examples/miniature (see its README), where a judge knows what is right; of real models nobody has tried
+# them.
 WORTH, HOPELESS = 0.5, 0.3
 LEARNED, DRIFT, GAP, DETAIL = 0.5, 0.5, 2.0, 0.15
 OUTLIER = 4.0
@@ -121,28 +139,45 @@ OUTLIER = 4.0
 def add_own_arguments(parser, command):
     """Flags that no training script has."""
     add = parser.add_argument_group("evaluation").add_argument
-    add("--image_encoder", default="facebook/dinov2-base", help="Folder or Hub id: pictures are compared in its space.")
-    add("--image_text_encoder", default="google/siglip2-base-patch16-224", help="SigLIP or CLIP: does a picture follow its prompt?")
+    add(
+        "--image_encoder", default="facebook/dinov2-base", help="Folder or Hub id: pictures are compared in its space."
+    )
+    add(
+        "--image_text_encoder",
+        default="google/siglip2-base-patch16-224",
+        help="SigLIP or CLIP: does a picture follow its prompt?",
+    )
     add("--drawing_batch_size", type=dopsd.COUNT, default=1, help="Pictures drawn at once.")
     add("--encoding_batch_size", type=dopsd.COUNT, default=16, help="Pictures encoded at once.")
     if command != "paper":
         seeds = dopsd.number(int, low=4 if command == "report" else 2)
         add("--noise_seeds", type=seeds, default=4, help="Noises of each prompt, the same for all models.")
-        add("--concept_prompts", help="Text file of new prompts with the concept, one a line. Default: --instance_prompt in new surroundings.")
+        add(
+            "--concept_prompts",
+            help="Text file of new prompts with the concept, one a line. Default: --instance_prompt in new surroundings.",
+        )
         add("--num_captions", type=dopsd.COUNT, default=8, help="Training images whose (first) caption is drawn.")
     if command == "teacher":
         add("--hidden_layer", type=int, nargs="+", help="Layers of the VLM to look at, where the model reads one (Z-Image: -2). For a look: "
             "trained is the family's.")  # fmt: skip
     if command == "report":
-        add("--ordinary_prompts", help="Text file of prompts without the concept, none of them a prior prompt. Default: a built-in list.")
+        add(
+            "--ordinary_prompts",
+            help="Text file of prompts without the concept, none of them a prior prompt. Default: a built-in list.",
+        )
         add("--pictures", type=dopsd.COUNT, default=12, help="Rows of each part of report.html.")
     if command == "paper":
         add("--paper_prompts", required=True, help="The frozen prompts, see read_paper_prompts in this file.")
-        add("--judge", default="Qwen/Qwen3-VL-8B-Instruct", help="A Qwen3-VL that says whether it is the same subject. none: no judge.")
+        add(
+            "--judge",
+            default="Qwen/Qwen3-VL-8B-Instruct",
+            help="A Qwen3-VL that says whether it is the same subject. none: no judge.",
+        )
 
 
 def parser_of(command, parser):
-    """Adds to `parser` the flags of `command`: those of the training scripts that act here as they do there, and its own."""
+    """Adds to `parser` the flags of `command`: those of the training scripts that act here as they do there, and its
+    own."""
     every = dopsd.ArgumentParser()
     dopsd.add_shared_arguments(every)
     dopsd.add_lora_arguments(every)
@@ -169,7 +204,16 @@ def parse_args(input_args=None):
         use_settings(parser, words[1:])
     own = main.parse_args(words)
     # what the training script's functions ask for, and has no flag here
-    needed = ["--pretrained_model_name_or_path", "-", "--instance_data_dir", "-", "--output_dir", "-", "--report_to", "none"]
+    needed = [
+        "--pretrained_model_name_or_path",
+        "-",
+        "--instance_data_dir",
+        "-",
+        "--output_dir",
+        "-",
+        "--report_to",
+        "none",
+    ]
     args = argparse.Namespace(**{**vars(dopsd.parse_args(needed)), **vars(own), "validation_steps": 1})
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
@@ -187,13 +231,21 @@ def use_settings(parser, words):
     finder.add_argument("--dataset_name")
     found = finder.parse_known_args(words)[0]
     file = Path(found.output_dir or "") / dopsd.SETTINGS_NAME
-    if found.output_dir and not file.exists() and not any(word.startswith("--pretrained_model_name_or_path") for word in words):
-        parser.error(f"--output_dir {found.output_dir} holds no {file.name}: name the output folder of a training, or give --pretrained_model_name_or_path")
+    if (
+        found.output_dir
+        and not file.exists()
+        and not any(word.startswith("--pretrained_model_name_or_path") for word in words)
+    ):
+        parser.error(
+            f"--output_dir {found.output_dir} holds no {file.name}: name the output folder of a training, or give --pretrained_model_name_or_path"
+        )
     if not found.output_dir or not file.exists():
         return
     try:
         settings = json.loads(file.read_text("utf-8"))
-        known = {name: settings[name] for name in DATA + DRAWING if settings.get(name) is not None and name != "output_dir"}
+        known = {
+            name: settings[name] for name in DATA + DRAWING if settings.get(name) is not None and name != "output_dir"
+        }
     except (ValueError, AttributeError, TypeError) as error:
         parser.error(f"{file} cannot be read ({error})")
     known.pop("context_cache_dir", None)
@@ -242,7 +294,9 @@ def check_inputs(args):
     if args.resolution % (multiple := family.size_multiple(vae)):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    return family, dopsd.inspect_images(dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple), args)
+    return family, dopsd.inspect_images(
+        dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple), args
+    )
 
 
 def concept_pairs(dataset, args):
@@ -250,7 +304,9 @@ def concept_pairs(dataset, args):
     rows = np.linspace(0, len(dataset) - 1, min(args.num_captions, len(dataset))).round().astype(int).tolist()
     captions = [(index, dataset[index]["captions"][0]) for index in rows]
     if not (args.concept_prompts or args.instance_prompt):
-        dopsd.logger.info("Only training captions are drawn: --concept_prompts FILE or --instance_prompt gives new prompts of the concept.")
+        dopsd.logger.info(
+            "Only training captions are drawn: --concept_prompts FILE or --instance_prompt gives new prompts of the concept."
+        )
     if args.concept_prompts:
         new = read_prompts("concept_prompts", args.concept_prompts)
     else:
@@ -263,18 +319,27 @@ def check_prompts(family, args, dataset, pairs):
     try:
         dopsd.check_contexts(family, args, dataset, pairs)
     except ValueError as error:
-        raise ValueError(str(error).replace("--validation_prompt", "a prompt (--concept_prompts, --ordinary_prompts, --paper_prompts)")) from error
+        raise ValueError(
+            str(error).replace(
+                "--validation_prompt", "a prompt (--concept_prompts, --ordinary_prompts, --paper_prompts)"
+            )
+        ) from error
 
 
 @contextlib.contextmanager
 def explained(savings, folder):
-    """Within: running out of memory becomes an error that names flags that need less, a full disk one that names the folder."""
+    """Within: running out of memory becomes an error that names flags that need less, a full disk one that names the
+    folder."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise dopsd.InputError(f"{str(error).split('. ')[0]}. What was drawn is kept. Cheapest remedies: {', '.join(savings)}.") from error
+        raise dopsd.InputError(
+            f"{str(error).split('. ')[0]}. What was drawn is kept. Cheapest remedies: {', '.join(savings)}."
+        ) from error
     except OSError as error:
-        raise dopsd.InputError(f"{folder}: {error}. What was drawn is kept; the same command goes on from it.") from error
+        raise dopsd.InputError(
+            f"{folder}: {error}. What was drawn is kept; the same command goes on from it."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -291,12 +356,24 @@ class Drawing:
 
     def file(self, args):
         """Where it is kept. The name changes with all that changes the picture."""
-        key = [self.context.name, self.side, self.size, self.noise, self.steps, self.weights, args.mixed_precision, args.quantization]
-        return Path(args.output_dir) / "evaluation" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.png"
+        key = [
+            self.context.name,
+            self.side,
+            self.size,
+            self.noise,
+            self.steps,
+            self.weights,
+            args.mixed_precision,
+            args.quantization,
+        ]
+        return (
+            Path(args.output_dir) / "evaluation" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.png"
+        )
 
 
 def draw(drawings, load, args, accelerator):
-    """Draws what is not there yet, each picture written aside and then renamed; `load` gives the pipeline, if it is needed."""
+    """Draws what is not there yet, each picture written aside and then renamed; `load` gives the pipeline, if it is
+    needed."""
     missing = {d.file(args): d for d in drawings if not d.file(args).exists()}
     if not missing:
         return
@@ -306,15 +383,23 @@ def draw(drawings, load, args, accelerator):
         pipeline = load()
         dopsd.place_for_training(pipeline, args, accelerator)
         bar = tqdm(total=len(missing), desc="Drawing")
-        for _, group in itertools.groupby(sorted(missing.items(), key=lambda m: (m[1].size, m[1].steps)), lambda m: (m[1].size, m[1].steps)):
+        for _, group in itertools.groupby(
+            sorted(missing.items(), key=lambda m: (m[1].size, m[1].steps)), lambda m: (m[1].size, m[1].steps)
+        ):
             group = list(group)
             # references of several sizes make no batch
-            size = 1 if dopsd.sees_references(args) or any("edit" in d.side for _, d in group) else args.drawing_batch_size
+            size = (
+                1
+                if dopsd.sees_references(args) or any("edit" in d.side for _, d in group)
+                else args.drawing_batch_size
+            )
             for batch in (group[i : i + size] for i in range(0, len(group), size)):
                 contexts = [context_of(d, accelerator.device) for _, d in batch]
                 noise = [pipeline.initial_noise(*d.size, torch.Generator().manual_seed(d.noise)) for _, d in batch]
                 with torch.no_grad(), accelerator.autocast():
-                    pictures = pipeline.sample(pipeline.transformer, contexts, torch.cat(noise).to(accelerator.device), batch[0][1].steps)
+                    pictures = pipeline.sample(
+                        pipeline.transformer, contexts, torch.cat(noise).to(accelerator.device), batch[0][1].steps
+                    )
                 for (file, _), picture in zip(batch, pictures):
                     aside = file.with_suffix(".tmp")
                     picture.save(aside, "PNG")
@@ -331,13 +416,20 @@ def context_of(drawing, device):
 
 
 def load_base(family, args):
-    return dopsd.load_for_training(family, args, dopsd.quantization_config("transformer", args.quantization, diffusers))
+    return dopsd.load_for_training(
+        family, args, dopsd.quantization_config("transformer", args.quantization, diffusers)
+    )
 
 
 def load_tuned(family, args):
     """The base with the LoRA of OUTPUT_DIR, or the whole model there."""
     if not (Path(args.output_dir) / LORA_WEIGHT_NAME).exists():
-        return load_base(family, argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": args.output_dir, "revision": None, "variant": None}))
+        return load_base(
+            family,
+            argparse.Namespace(
+                **{**vars(args), "pretrained_model_name_or_path": args.output_dir, "revision": None, "variant": None}
+            ),
+        )
     pipeline = load_base(family, args)
     with dopsd.blamed_on(f"--output_dir {args.output_dir}: its LoRA does not load"):
         pipeline.load_lora_weights(args.output_dir, weight_name=LORA_WEIGHT_NAME)
@@ -354,7 +446,8 @@ def image_processor(name):
 
 
 class Encoder:
-    """A vision model, or an image-text model, of transformers, on `device`. To be deleted before the next one loads."""
+    """A vision model, or an image-text model, of transformers, on `device`. To be deleted before the next one
+    loads."""
 
     def __init__(self, flag, name, device, batch_size):
         self.device, self.batch_size = device, batch_size
@@ -365,13 +458,23 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pictures, patches=False):
-        """Features (N, dim) of PIL pictures or files, of length 1: as the model pools them or, with `patches`, the mean over the patches."""
+        """Features (N, dim) of PIL pictures or files, of length 1: as the model pools them or, with `patches`, the
+        mean over the patches."""
         features = []
         for start in tqdm(range(0, len(pictures), self.batch_size), "Looking", delay=5):
-            batch = [p if isinstance(p, Image.Image) else Image.open(p).convert("RGB") for p in pictures[start : start + self.batch_size]]
+            batch = [
+                p if isinstance(p, Image.Image) else Image.open(p).convert("RGB")
+                for p in pictures[start : start + self.batch_size]
+            ]
             pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
-            out = self.model.get_image_features(pixel_values=pixels) if self.tokenizer else self.model(pixel_values=pixels)
-            if patches and out.last_hidden_state.ndim == 3:  # behind the class token, and registers where there are some
+            out = (
+                self.model.get_image_features(pixel_values=pixels)
+                if self.tokenizer
+                else self.model(pixel_values=pixels)
+            )
+            if (
+                patches and out.last_hidden_state.ndim == 3
+            ):  # behind the class token, and registers where there are some
                 out = out.last_hidden_state[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :].mean(dim=1)
             elif patches:
                 out = out.last_hidden_state.mean(dim=(2, 3))
@@ -387,7 +490,9 @@ class Encoder:
         length = getattr(self.model.config.text_config, "max_position_embeddings", 64)
         # SigLIP was trained on small letters, padded to the full length without a mask
         words = [p.lower() for p in prompts] if siglip else list(prompts)
-        inputs = self.tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(self.device)
+        inputs = self.tokenizer(
+            words, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.device)
         if siglip:
             inputs.pop("attention_mask", None)
         out = self.model.get_text_features(**inputs)
@@ -406,14 +511,15 @@ def encoder(flag, args, accelerator):
 
 
 def detail(picture):
-    """How much of a picture (H, W, 3) of uint8 is finer than 5 pixels: the mean difference, in grey levels, to its median over
-    5 x 5 pixels. Specks and sharp edges make it up, which is what few steps lose first; blur lowers it."""
+    """How much of a picture (H, W, 3) of uint8 is finer than 5 pixels: the mean difference, in grey levels, to its
+    median over 5 x 5 pixels. Specks and sharp edges make it up, which is what few steps lose first; blur lowers it."""
     return float(np.abs(picture.astype(float) - Image.fromarray(picture).filter(ImageFilter.MedianFilter(5))).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
 def interval(statistic, *arrays, draws=1000):
-    """Value of a statistic of arrays (prompts, noises, ..), with its 95 % interval over prompts and noises drawn anew."""
+    """Value of a statistic of arrays (prompts, noises, ..), with its 95 % interval over prompts and noises drawn
+    anew."""
     rng, values = np.random.default_rng(0), []
     for _ in range(draws):
         rows, columns = (rng.integers(n, size=n) for n in arrays[0].shape[:2])
@@ -422,7 +528,8 @@ def interval(statistic, *arrays, draws=1000):
 
 
 def common_part(differences):
-    """Mean of `differences` (images, dim), its squared length without the part that chance adds to it, and that with it."""
+    """Mean of `differences` (images, dim), its squared length without the part that chance adds to it, and that with
+    it."""
     direction, count = differences.mean(axis=0), len(differences)
     biased = length = direction @ direction
     if count > 1:
@@ -431,37 +538,46 @@ def common_part(differences):
 
 
 def share_of_way(before, after, differences):
-    """How far pictures with the features `after` have gone from those `before` towards the training images, as a share, (prompts, noises).
+    """How far pictures with the features `after` have gone from those `before` towards the training images, as a
+    share, (prompts, noises).
 
-    `differences` (images, dim) are those of each training image and the mean of the base's pictures of its caption, so that all that
-    the caption says falls out of them. What they have in common is the concept: the share is a projection on it, and 1 in the mean
-    for fresh pictures of the concept.
+    `differences` (images, dim) are those of each training image and the mean of the base's pictures of its caption, so
+    that all that the caption says falls out of them. What they have in common is the concept: the share is a
+    projection on it, and 1 in the mean for fresh pictures of the concept.
     """
     direction, length, biased = common_part(differences)
     return (after - before) @ direction / max(length, biased / 4)  # images that have little in common tell no length
 
 
 def membership(pictures, images):
-    """Whether each picture, of features (prompts, noises, dim), is as near to the training `images` (images, dim) as three in four of
-    these are to one another; (prompts, noises). Fresh pictures of the concept are in three of four cases.
+    """Whether each picture, of features (prompts, noises, dim), is as near to the training `images` (images, dim) as
+    three in four of these are to one another; (prompts, noises). Fresh pictures of the concept are in three of four
+    cases.
 
-    Prompts are in turn those of the images. The image of a picture's own prompt is left out, so that a copy of it counts no more.
+    Prompts are in turn those of the images. The image of a picture's own prompt is left out, so that a copy of it
+    counts no more.
     """
     similarity, count = pictures @ images.T, len(images)
     if count == 1:  # tells no distance
         return np.ones(pictures.shape[:2])
     others = 1 - np.eye(count)
     limit = np.quantile((images @ images.T * others).sum(axis=1) / (count - 1), 0.25)
-    return ((similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1) >= limit).astype(float)
+    return (
+        (similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1) >= limit
+    ).astype(float)
 
 
 def near(before, after, images):
-    """Whether each picture `after` is near the training images: see `membership`, and at least half of `share_of_way`."""
-    return membership(after, images) * (share_of_way(before, after, images - before[: len(images)].mean(axis=1)) >= 0.5)
+    """Whether each picture `after` is near the training images: see `membership`, and at least half of
+    `share_of_way`."""
+    return membership(after, images) * (
+        share_of_way(before, after, images - before[: len(images)].mean(axis=1)) >= 0.5
+    )
 
 
 def told_apart(pictures, texts):
-    """Similarity of each picture (prompts, noises, dim) to its own prompt (prompts, dim) over the mean of the others; (prompts, noises)."""
+    """Similarity of each picture (prompts, noises, dim) to its own prompt (prompts, dim) over the mean of the others;
+    (prompts, noises)."""
     similarity = np.einsum("pnd,qd->pnq", pictures, texts)
     own = np.einsum("pnp->pn", similarity)
     others = np.array([[a != b for b in map(tuple, texts)] for a in map(tuple, texts)], float)
@@ -481,7 +597,8 @@ def write_json(path, value):
 
 # ------------------------------------------------------------------------------------------------------------ teacher
 def ways_of(family, dataset, args):
-    """Name -> arguments of each way of showing the picture, and the layer of the VLM it reads, None for the family's."""
+    """Name -> arguments of each way of showing the picture, and the layer of the VLM it reads, None for the
+    family's."""
     contexts = args.teacher_context or family.teacher_contexts
     images = args.teacher_image or ["target", "other"][: len(dataset)]
     many = {name: len(getattr(args, name) or []) > 1 for name in WAYS}
@@ -490,11 +607,24 @@ def ways_of(family, dataset, args):
     if args.hidden_layer and family.hidden_layer not in args.hidden_layer:  # what is trained is compared with
         args.hidden_layer = [family.hidden_layer, *args.hidden_layer]
     ways = {}
-    choices = itertools.product(contexts, images, args.teacher_max_pixels or [None], args.teacher_prompt_suffix or [None], args.hidden_layer or [None])
+    choices = itertools.product(
+        contexts,
+        images,
+        args.teacher_max_pixels or [None],
+        args.teacher_prompt_suffix or [None],
+        args.hidden_layer or [None],
+    )
     for context, image, pixels, suffix, layer in choices:
-        if context == "edit" and (layer, pixels) != ((args.hidden_layer or [None])[0], (args.teacher_max_pixels or [None])[0]):
+        if context == "edit" and (layer, pixels) != (
+            (args.hidden_layer or [None])[0],
+            (args.teacher_max_pixels or [None])[0],
+        ):
             continue  # no VLM
-        given = {"teacher_context": context, "teacher_image": image, "teacher_max_pixels": None if context == "edit" else pixels}
+        given = {
+            "teacher_context": context,
+            "teacher_image": image,
+            "teacher_max_pixels": None if context == "edit" else pixels,
+        }
         way = argparse.Namespace(**{**vars(args), **given, "teacher_prompt_suffix": suffix})
         dopsd.resolve_arguments(family, way)
         if image == "other" and len(dataset) < 2:
@@ -511,21 +641,27 @@ def ways_of(family, dataset, args):
 
 
 def token_statistics(family, way, layer, dataset, files):
-    """Of each layer that the teacher's context holds, how far the largest dimension stands out, image tokens against text tokens.
+    """Of each layer that the teacher's context holds, how far the largest dimension stands out, image tokens against
+    text tokens.
 
-    That is the ratio of the largest root mean square of a dimension to the median one, over the tokens of all `files` of contexts, whose
-    (row index, prompt) they are the values of.
+    That is the ratio of the largest root mean square of a dimension to the median one, over the tokens of all `files`
+    of contexts, whose (row index, prompt) they are the values of.
     """
     base = {"pretrained_model_name_or_path": way.pretrained_model_name_or_path, "revision": way.revision}
     tokenizer = AutoTokenizer.from_pretrained(**base, subfolder="tokenizer")
     config = AutoConfig.from_pretrained(**base, subfolder="text_encoder")
-    hidden, vlm = config.get_text_config().hidden_size, family.make_encoder(way.vlm_model_name_or_path, way.teacher_max_pixels, config, tokenizer)
+    hidden = config.get_text_config().hidden_size
+    vlm = family.make_encoder(way.vlm_model_name_or_path, way.teacher_max_pixels, config, tokenizer)
     limits = {"min_pixels": vlm.size["shortest_edge"], "max_pixels": vlm.size["longest_edge"]}
     tokens = {True: [], False: []}
     for file, (index, prompt) in files.items():
         bucket = dopsd.shown_row(dataset, index, way)["bucket"]
         patches = vlm.image_processor.get_number_of_image_patches(*bucket, limits)
-        chat = vlm.chat(prompt + way.teacher_prompt_suffix, patches // vlm.image_processor.merge_size**2, family.chat_ending(tokenizer))
+        chat = vlm.chat(
+            prompt + way.teacher_prompt_suffix,
+            patches // vlm.image_processor.merge_size**2,
+            family.chat_ending(tokenizer),
+        )
         seen = torch.tensor(vlm.tokenizer(chat).input_ids) == vlm.config.image_token_id
         seen = seen[vlm.skipped_tokens :]
         embeds = dopsd.read_context(file)["prompt_embeds"].float()[: len(seen)]
@@ -535,10 +671,17 @@ def token_statistics(family, way, layer, dataset, files):
             tokens[kind].append(embeds[seen == kind])
     rms = {kind: torch.cat(found).square().mean(dim=0).sqrt() for kind, found in tokens.items()}
     config = family.load_config(**base)
-    several = config.get("text_encoder_out_layers") or config.get("text_encoder_select_layers") or getattr(family, "stock_layers", None)
+    several = (
+        config.get("text_encoder_out_layers")
+        or config.get("text_encoder_select_layers")
+        or getattr(family, "stock_layers", None)
+    )
     layers = [layer or family.hidden_layer] if hasattr(family, "hidden_layer") else several or range(len(rms[True]))
     return [
-        {"layer": name, **{who: (r[i].max() / r[i].median()).item() for who, r in (("image", rms[True]), ("text", rms[False]))}}
+        {
+            "layer": name,
+            **{who: (r[i].max() / r[i].median()).item() for who, r in (("image", rms[True]), ("text", rms[False]))},
+        }
         for i, name in enumerate(layers)
     ]
 
@@ -553,21 +696,33 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
     differences = images - student[: len(captions)].mean(axis=1)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = read.texts([prompt for _, prompt in pairs])
-        follows = {name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts) for name, own in files.items()}
+        follows = {
+            name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts)
+            for name, own in files.items()
+        }
     ways = {}
     for name, own in features.items():
-        ways[name] = {"near": interval(np.mean, near(student, own, images)), "way": interval(np.mean, share_of_way(student, own, differences))}
+        ways[name] = {
+            "near": interval(np.mean, near(student, own, images)),
+            "way": interval(np.mean, share_of_way(student, own, differences)),
+        }
         ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
     _, length, biased = common_part(differences)
-    return ways, {"follows": float(follows["student"].mean()), "near": float(membership(student, images).mean()), "lacks": float(length / biased)}
+    return ways, {
+        "follows": float(follows["student"].mean()),
+        "near": float(membership(student, images).mean()),
+        "lacks": float(length / biased),
+    }
 
 
 def teacher_verdict(ways, student):
-    """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make it; `student` has
-    figures of the student."""
+    """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make
+    it; `student` has figures of the student."""
     best = max((name for name in ways if ways[name]["trainable"]), key=lambda name: ways[name]["near"][0])
     share, flags = ways[best]["near"][0], ways[best]["flags"]
-    drawn = f"{100 * share:.0f} % of its pictures are as near to the training images as most of these are to one another"
+    drawn = (
+        f"{100 * share:.0f} % of its pictures are as near to the training images as most of these are to one another"
+    )
     if share >= WORTH:
         text = f"Worth training with {flags}: {drawn}."
     elif share >= HOPELESS:
@@ -592,7 +747,9 @@ def flags_of(way):
     words = [f"--teacher_context {way.teacher_context} --teacher_image {way.teacher_image}"]
     if way.teacher_context == "vlm":
         words.append(f"--teacher_max_pixels {way.teacher_max_pixels}")
-    return " ".join(words + ([f"--teacher_prompt_suffix {way.teacher_prompt_suffix!r}"] if way.teacher_prompt_suffix else []))
+    return " ".join(
+        words + ([f"--teacher_prompt_suffix {way.teacher_prompt_suffix!r}"] if way.teacher_prompt_suffix else [])
+    )
 
 
 def teacher(args, accelerator):
@@ -612,9 +769,13 @@ def teacher(args, accelerator):
         reader = family if layer is None else type(family.__name__, (family,), {"hidden_layer": layer})
         with explained(dopsd.encoding_savings(way), args.context_cache_dir):
             dopsd.encode_contexts(reader, way, caches[name], dataset, pairs, accelerator)
-        students, teachers = zip(*(caches[name].paths(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs))
+        students, teachers = zip(
+            *(caches[name].paths(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs)
+        )
         files[name] = dict(zip(teachers, pairs))
-        shown = f"teacher {way.teacher_context}" + (f", layer {layer}" if layer not in (None, getattr(family, "hidden_layer", None)) else "")
+        shown = f"teacher {way.teacher_context}" + (
+            f", layer {layer}" if layer not in (None, getattr(family, "hidden_layer", None)) else ""
+        )
         for who, side, paths in (("student", "student", students), (name, shown, teachers)):
             drawings.setdefault(who, [
                 Drawing(path, side, tuple(dataset[index]["bucket"]), args.seed + 1000 * seed + i, args.num_inference_steps, weights)
@@ -624,9 +785,19 @@ def teacher(args, accelerator):
     figures, student = measure_teacher(drawings, pairs, captions, dataset, args, accelerator)
     for name, (way, layer) in ways.items():
         tokens = token_statistics(family, way, layer, dataset, files[name]) if way.teacher_context == "vlm" else []
-        figures[name] |= {"tokens": tokens, "flags": flags_of(way), "trainable": layer in (None, getattr(family, "hidden_layer", None))}
+        figures[name] |= {
+            "tokens": tokens,
+            "flags": flags_of(way),
+            "trainable": layer in (None, getattr(family, "hidden_layer", None)),
+        }
     best, verdict = teacher_verdict(figures, student)
-    record = {"verdict": verdict, "best": best, "ways": figures, "student": student, "prompts": [prompt for _, prompt in pairs]}
+    record = {
+        "verdict": verdict,
+        "best": best,
+        "ways": figures,
+        "student": student,
+        "prompts": [prompt for _, prompt in pairs],
+    }
     write_json(Path(args.output_dir) / "teacher.json", record)
     teacher_sheet(drawings, captions, new, dataset, args).save(Path(args.output_dir) / "teacher.png", optimize=True)
     print_teacher(record)
@@ -635,11 +806,15 @@ def teacher(args, accelerator):
 
 
 def print_teacher(record):
-    print("\n| teacher | near the training images | of the way to them | prompt followed, change | largest dimension, image / text tokens |")
+    print(
+        "\n| teacher | near the training images | of the way to them | prompt followed, change | largest dimension, image / text tokens |"
+    )
     print("|---|---|---|---|---|")
     for name, f in record["ways"].items():
         tokens = ", ".join(f"layer {t['layer']}: {t['image']:.1f} / {t['text']:.1f}" for t in f["tokens"])
-        print(f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |")
+        print(
+            f"| {name} | {shown(f['near'])} | {shown(f['way'])} | {f['follows'][0]:+.3f} [{f['follows'][1]:+.3f}, {f['follows'][2]:+.3f}] | {tokens} |"
+        )
     print(f"""
 near: share of pictures as near to the training images as three in four of these are to one another; 1 is best.
 way: 0 is the untrained student, 1 the training images.
@@ -665,14 +840,19 @@ def teacher_sheet(drawings, captions, new, dataset, args, rows=4):
         pictures += [Image.open(own[number * args.noise_seeds].file(args)) for own in drawings.values()]
         for column, picture in enumerate(pictures):
             way = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            sheet.paste(ImageOps.pad(picture, (side, side), way, color="white"), (6 + column * (side + 6), top + caption))
+            sheet.paste(
+                ImageOps.pad(picture, (side, side), way, color="white"), (6 + column * (side + 6), top + caption)
+            )
     return sheet.quantize(256) if args.resolution < 128 else sheet
 
 
 # ------------------------------------------------------------------------------------------------------------- report
 def prompt_contexts(family, args, dataset, pairs, accelerator):
-    """Files of the students' contexts of (row index, prompt) pairs. No VLM is loaded: without references, an index is not needed."""
-    way = argparse.Namespace(**{**vars(args), "teacher_context": "edit", "teacher_image": "target", "teacher_prompt_suffix": ""})
+    """Files of the students' contexts of (row index, prompt) pairs. No VLM is loaded: without references, an index is
+    not needed."""
+    way = argparse.Namespace(
+        **{**vars(args), "teacher_context": "edit", "teacher_image": "target", "teacher_prompt_suffix": ""}
+    )
     try:
         check_prompts(family, way, dataset, [(0 if index is None else index, prompt) for index, prompt in pairs])
         way.teacher_context = "edit" if args.reference_column else None
@@ -690,7 +870,8 @@ def measure_report(files, parts, images, args, accelerator):
 
     Args:
         files: (part, who, steps) -> files, noises of a prompt together; `few` or `many` steps.
-        parts: part, `concept` or `ordinary`, -> prompts; training captions come first, one for each of the training `images`.
+        parts: part, `concept` or `ordinary`, -> prompts; training captions come first, one for each of the training
+        `images`.
     """
     count = {part: len(prompts) for part, prompts in parts.items()}
     with encoder("image_encoder", args, accelerator) as look:
@@ -698,18 +879,24 @@ def measure_report(files, parts, images, args, accelerator):
         images = look.images(images)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = {part: read.texts(prompts) for part, prompts in parts.items()}
-        t = {key: read.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1) for key, own in files.items() if key[2] == "few"}
+        t = {
+            key: read.images(own).reshape(count[key[0]], len(own) // count[key[0]], -1)
+            for key, own in files.items()
+            if key[2] == "few"
+        }
         t = {key: told_apart(own, texts[key[0]]) for key, own in t.items()}
     fine = {
-        key: np.array([detail(np.asarray(Image.open(p).convert("RGB"))) for p in tqdm(own, "Detail", delay=5)]).reshape(count[key[0]], -1)
+        key: np.array(
+            [detail(np.asarray(Image.open(p).convert("RGB"))) for p in tqdm(own, "Detail", delay=5)]
+        ).reshape(count[key[0]], -1)
         for key, own in files.items()
     }
     return figures_of(f, t, fine, images)
 
 
 def figures_of(f, t, fine, images):
-    """The figures of `measure_report` from features `f`, `told_apart` `t` and `detail` `fine` of each (part, who, steps), and the
-    features of the training images."""
+    """The figures of `measure_report` from features `f`, `told_apart` `t` and `detail` `fine` of each (part, who,
+    steps), and the features of the training images."""
     before, after = (f["concept", who, "few"] for who in ("base", "tuned"))
     differences = images - before[: len(images)].mean(axis=1)
     base, tuned = f["ordinary", "base", "few"], f["ordinary", "tuned", "few"]
@@ -724,7 +911,9 @@ def figures_of(f, t, fine, images):
         "concept_follows": interval(change, t["concept", "tuned", "few"], t["concept", "base", "few"]),
         "drift": interval(ratio, moved, seeds),
         "leak": interval(np.mean, share_of_way(base, tuned, differences)),
-        "ordinary_follows": interval(lambda a, b: a.mean() / b.mean(), t["ordinary", "tuned", "few"], t["ordinary", "base", "few"]),
+        "ordinary_follows": interval(
+            lambda a, b: a.mean() / b.mean(), t["ordinary", "tuned", "few"], t["ordinary", "base", "few"]
+        ),
         "detail": interval(ratio, fine["ordinary", "tuned", "few"], fine["ordinary", "base", "few"]),
         "gap": interval(ratio, steps["tuned"], steps["base"]),
         "gap_detail": interval(
@@ -748,9 +937,21 @@ def spread_over_noises(features):
 def report_verdict(figures):
     """Rows of question, answer, figure and limit, from the figures of `measure_report`."""
     rows = [
-        ("Concept learned", ["learned"], f"at least {LEARNED:.0%} of pictures as near to the training images as most of these are to one another"),
-        ("Other prompts kept", ["drift", "detail"], f"drift at most {DRIFT:g} of the spread over noises, fine detail within {DETAIL:.0%} of the base's"),
-        ("Few-step ability kept", ["gap"], f"few against {MANY_STEPS} steps: at most {GAP:g} times the base's difference"),
+        (
+            "Concept learned",
+            ["learned"],
+            f"at least {LEARNED:.0%} of pictures as near to the training images as most of these are to one another",
+        ),
+        (
+            "Other prompts kept",
+            ["drift", "detail"],
+            f"drift at most {DRIFT:g} of the spread over noises, fine detail within {DETAIL:.0%} of the base's",
+        ),
+        (
+            "Few-step ability kept",
+            ["gap"],
+            f"few against {MANY_STEPS} steps: at most {GAP:g} times the base's difference",
+        ),
     ]
     passed = {
         "learned": lambda v: v >= LEARNED,
@@ -763,7 +964,14 @@ def report_verdict(figures):
         right = all(passed[n](figures[n][0]) for n in names)
         sure = all(len({passed[n](v) for v in figures[n]}) == 1 for n in names)
         answer = ("yes" if right else "no") + ("" if sure else " (near the limit)")
-        table.append({"question": question, "answer": answer, "figure": ", ".join(f"{n} {shown(figures[n])}" for n in names), "limit": limit})
+        table.append(
+            {
+                "question": question,
+                "answer": answer,
+                "figure": ", ".join(f"{n} {shown(figures[n])}" for n in names),
+                "limit": limit,
+            }
+        )
     return table
 
 
@@ -789,7 +997,12 @@ def report(args, accelerator):
                         for i in numbers for seed in range(args.noise_seeds if speed == "few" else MANY_NOISES)
                     ]  # fmt: skip
     for who, load in (("base", load_base), ("tuned", load_tuned)):
-        draw([d for key, own in drawings.items() if key[1] == who for d in own], functools.partial(load, family, args), args, accelerator)
+        draw(
+            [d for key, own in drawings.items() if key[1] == who for d in own],
+            functools.partial(load, family, args),
+            args,
+            accelerator,
+        )
     files = {key: [d.file(args) for d in own] for key, own in drawings.items()}
     prompts = {"concept": [prompt for _, prompt in captions + new], "ordinary": ordinary}
     images = [dopsd.training_image(dataset[index]) for index, _ in captions]
@@ -815,7 +1028,10 @@ def size_of(dataset, index, args):
 
 def markdown_table(record):
     lines = ["| | | measured, with 95 % interval | limit |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {row['question']} | {row['answer']} | {row['figure']} | {row['limit']} |" for row in record["table"]])
+    return "\n".join(
+        lines
+        + [f"| {row['question']} | {row['answer']} | {row['figure']} | {row['limit']} |" for row in record["table"]]
+    )
 
 
 ADVICE = {
@@ -850,7 +1066,8 @@ def data_uri(picture, size=384):
 
 
 def report_page(record, files, prompts, images, args):
-    """report.html: the verdict, every figure, and base and tuned model side by side; nothing is fetched from anywhere."""
+    """report.html: the verdict, every figure, and base and tuned model side by side; nothing is fetched from
+    anywhere."""
     text = html.escape
 
     def figure(picture, label):
@@ -858,16 +1075,33 @@ def report_page(record, files, prompts, images, args):
 
     def rows(part, columns):
         for i, prompt in enumerate(prompts[part][: args.pictures]):
-            cells = [figure(Image.open(files[part, who, speed][i * len(files[part, who, speed]) // len(prompts[part])]), label) for who, speed, label in columns]
+            cells = [
+                figure(
+                    Image.open(files[part, who, speed][i * len(files[part, who, speed]) // len(prompts[part])]), label
+                )
+                for who, speed, label in columns
+            ]
             yield f'<h3>{text(prompt)}</h3><div class="row">{"".join(cells)}</div>'
 
     few, many = f"{args.num_inference_steps} steps", f"{MANY_STEPS} steps"
     verdict = [
-        f'<tr class="{row["answer"].split()[0]}">' + "".join(f"<td>{text(row[n])}</td>" for n in ("question", "answer", "figure", "limit")) + "</tr>"
+        f'<tr class="{row["answer"].split()[0]}">'
+        + "".join(f"<td>{text(row[n])}</td>" for n in ("question", "answer", "figure", "limit"))
+        + "</tr>"
         for row in record["table"]
     ]
-    figures = [f"<tr><td>{n}</td><td>{shown(v)}</td><td>{text(FIGURES[n])}</td></tr>" for n, v in record["figures"].items()]
-    concept = rows("concept", [("base", "few", f"base, {few}"), ("tuned", "few", f"tuned, {few}"), ("base", "many", f"base, {many}"), ("tuned", "many", f"tuned, {many}")])
+    figures = [
+        f"<tr><td>{n}</td><td>{shown(v)}</td><td>{text(FIGURES[n])}</td></tr>" for n, v in record["figures"].items()
+    ]
+    concept = rows(
+        "concept",
+        [
+            ("base", "few", f"base, {few}"),
+            ("tuned", "few", f"tuned, {few}"),
+            ("base", "many", f"base, {many}"),
+            ("tuned", "many", f"tuned, {many}"),
+        ],
+    )
     ordinary = rows("ordinary", [("base", "few", f"base, {few}"), ("tuned", "few", f"tuned, {few}")])
     name = text(Path(args.output_dir).resolve().name)
     return f"""<!DOCTYPE html>
@@ -888,8 +1122,8 @@ def report_page(record, files, prompts, images, args):
 def read_paper_prompts(path, dataset):
     """The frozen prompts of the paper's protocol: JSON lines, one for each training image, in the order of the images.
 
-    {"paraphrase": "..", "new": ["..", "..", "..", ".."], "trigger": "sks dog", "class": "dog"}: a paraphrase of the caption, new prompts
-    with the trigger, and what stands for the trigger where an image-text model reads the prompt.
+    {"paraphrase": "..", "new": ["..", "..", "..", ".."], "trigger": "sks dog", "class": "dog"}: a paraphrase of the
+    caption, new prompts with the trigger, and what stands for the trigger where an image-text model reads the prompt.
     """
     rows = []
     for number, line in enumerate(dopsd.read_lines(Path(path), f"--paper_prompts {path}"), 1):
@@ -900,7 +1134,9 @@ def read_paper_prompts(path, dataset):
                 raise ValueError("every field must hold text, and new a list of it")
             rows.append(row)
     if len(rows) != len(dataset):
-        raise ValueError(f"--paper_prompts {path} has {len(rows)} lines for {len(dataset)} training images; give one for each.")
+        raise ValueError(
+            f"--paper_prompts {path} has {len(rows)} lines for {len(dataset)} training images; give one for each."
+        )
     return rows
 
 
@@ -912,7 +1148,8 @@ QUESTION = (
 
 
 def level_of(answer):
-    """4 .. 1 of a judge's answer, or None where it is not one of the four words: "not the same" is no SAME, and two words are none."""
+    """4 .. 1 of a judge's answer, or None where it is not one of the four words: "not the same" is no SAME, and two
+    words are none."""
     text = re.sub(r"^\W*(the )?(answer|verdict)( is)?\W*", "", answer.strip(), flags=re.IGNORECASE)
     found = re.match(r"\W*(same|close|related|different)\b\W*(.*)", text, re.IGNORECASE | re.DOTALL)
     if not found or re.search(r"\b(same|close|related|different|not|or)\b|n't\b", found[2], re.IGNORECASE):
@@ -925,7 +1162,10 @@ class Judge:
 
     def __init__(self, name, device, dtype):
         reader = MultimodalEncoder(name)
-        self.tokenizer, self.processor, self.size, self.token = reader.tokenizer, reader.image_processor, reader.size, reader.config.image_token_id
+        self.tokenizer = reader.tokenizer
+        self.processor = reader.image_processor
+        self.size = reader.size
+        self.token = reader.config.image_token_id
         self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
 
     @torch.no_grad()
@@ -935,7 +1175,9 @@ class Judge:
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         counts = (inputs["image_grid_thw"].prod(dim=1) // self.processor.merge_size**2).tolist()
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         pad = self.tokenizer.convert_ids_to_tokens(self.token)
         first, second, rest = text.split(pad)
         inputs |= self.tokenizer(first + pad * counts[0] + second + pad * counts[1] + rest, return_tensors="pt")
@@ -971,10 +1213,14 @@ def paper(args, accelerator):
         raise dopsd.InputError(error) from error
     pairs = [(i, prompt) for i, row in enumerate(rows) for prompt in (row["paraphrase"], *row["new"])]
     places = [(i, k) for i, row in enumerate(rows) for k in range(1 + len(row["new"]))]
-    paths = prompt_contexts(family, args, dataset, [p if args.reference_column else (None, p[1]) for p in pairs], accelerator)
+    paths = prompt_contexts(
+        family, args, dataset, [p if args.reference_column else (None, p[1]) for p in pairs], accelerator
+    )
     weights = dopsd.sample_weights(args) + dopsd.result_weights(args)
     drawings = [
-        Drawing(path, "student", tuple(dataset[i]["bucket"]), args.seed + 100 * i + k, args.num_inference_steps, weights)
+        Drawing(
+            path, "student", tuple(dataset[i]["bucket"]), args.seed + 100 * i + k, args.num_inference_steps, weights
+        )
         for path, (i, k) in zip(paths, places)
     ]
     draw(drawings, functools.partial(load_tuned, family, args), args, accelerator)
@@ -1015,8 +1261,14 @@ def main(args):
     if accelerator.num_processes > 1:
         raise dopsd.InputError("evaluate.py runs in one process: launch it with python.")
     folder = Path(args.output_dir)
-    if args.command != "teacher" and not (folder / LORA_WEIGHT_NAME).exists() and not (folder / "transformer").is_dir():
-        raise dopsd.InputError(f"--output_dir {folder} holds no result of a training: neither {LORA_WEIGHT_NAME} nor transformer/.")
+    if (
+        args.command != "teacher"
+        and not (folder / LORA_WEIGHT_NAME).exists()
+        and not (folder / "transformer").is_dir()
+    ):
+        raise dopsd.InputError(
+            f"--output_dir {folder} holds no result of a training: neither {LORA_WEIGHT_NAME} nor transformer/."
+        )
     try:
         lock = dopsd.open_output_dir(args)
     except ValueError as error:

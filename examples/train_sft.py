@@ -2,10 +2,10 @@
 
     python examples/train_sft.py --pretrained_model_name_or_path ... --instance_data_dir ... --output_dir ...
 
-Flow matching on the training images (SFT), cropped to squares; with --class_prompt also on images that the model itself drew of
-that prompt (DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are those of
-train_dopsd_lora.py; with --full, all weights train and the output is that of train_dopsd_full.py. Of their flags, only those
-that do here what they do there are taken. It runs in one process.
+Flow matching on the training images (SFT), cropped to squares; with --class_prompt also on images that the model
+itself drew of that prompt (DreamBooth's prior preservation). LoRA layers, optimiser, data, captions and output are
+those of train_dopsd_lora.py; with --full, all weights train and the output is that of train_dopsd_full.py. Of their
+flags, only those that do here what they do there are taken. It runs in one process.
 """
 
 import sys
@@ -52,7 +52,9 @@ def parse_args(input_args=None):
     for add in (dopsd.add_shared_arguments, dopsd.add_lora_arguments, full.add_full_arguments):
         add(every)
     honoured = COMMON | (FULL if own.parse_known_args(input_args)[0].full else LORA)
-    parser = dopsd.ArgumentParser(description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False)
+    parser = dopsd.ArgumentParser(
+        description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False
+    )
     for action in every._actions:
         if action.dest in honoured:
             parser._add_action(action)
@@ -74,7 +76,8 @@ def shift_of(pipeline, latents, num_steps):
 
 
 def draw(latents, contexts, count, rng, shift):
-    """`count` examples: states x_s at times drawn over the whole schedule, contexts, sigmas s and velocities noise - x0."""
+    """`count` examples: states x_s at times drawn over the whole schedule, contexts, sigmas s and velocities noise -
+    x0."""
     picks = torch.randint(len(latents), (count,), generator=rng).tolist()
     captions = [contexts[i][int(torch.randint(len(contexts[i]), (1,), generator=rng))] for i in picks]
     latents = latents[picks]
@@ -100,7 +103,9 @@ def flow_matching_loss(pipeline, states, contexts, sigmas, velocities):
 def encode(pipeline, images, captions):
     """Latents (N, C, h, w) of PIL `images` and, for each, the text contexts of its captions."""
     pixels = (pipeline.image_processor.preprocess(image).to(pipeline.device, pipeline.vae.dtype) for image in images)
-    return torch.cat([pipeline.image_latents(image).float() for image in pixels]), [pipeline.encode_student(texts) for texts in captions]
+    return torch.cat([pipeline.image_latents(image).float() for image in pixels]), [
+        pipeline.encode_student(texts) for texts in captions
+    ]
 
 
 def check_inputs(args, accelerator):

@@ -42,8 +42,9 @@ SECRET = "hf_aTokenThatNobodyMustRead"
 
 
 def pytest_generate_tests(metafunc):
-    """With the mark `families`, a test runs for each family of tests/families.py, or for those that the mark names: `base`, `vlm`,
-    `pipeline`, `student`, `train` and all that builds on them are then of that family. Without it they are of Z-Image."""
+    """With the mark `families`, a test runs for each family of tests/families.py, or for those that the mark names:
+    `base`, `vlm`, `pipeline`, `student`, `train` and all that builds on them are then of that family. Without it they
+    are of Z-Image."""
     if "family" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("families")
         names = (mark.args or tuple(FAMILIES)) if mark else ("z_image",)
@@ -105,7 +106,8 @@ def save_images(folder):
 
 
 def student_picture(file, row=0):
-    """The student's picture of 32 x 32 pixels in a row of a validation picture, which has headings and texts of 20 pixels."""
+    """The student's picture of 32 x 32 pixels in a row of a validation picture, which has headings and texts of 20
+    pixels."""
     top = 20 + row * (32 + 20)
     return np.asarray(Image.open(file)).astype(int)[top : top + 32, :32]
 
@@ -214,11 +216,16 @@ open(os.environ["NETWORK_LOG"], "a").close()
 
 
 def guarded_environment(folder, hub=None):
-    """Environment of a new process that can reach nothing but the address of the stand-in `hub`; others land in network.log."""
+    """Environment of a new process that can reach nothing but the address of the stand-in `hub`; others land in
+    network.log."""
     (folder / "guard").mkdir(parents=True, exist_ok=True)
     (folder / "guard" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     env = {n: v for n, v in os.environ.items() if n not in ("HF_HUB_OFFLINE", "HF_TOKEN")} | {"OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(folder / "guard"), "NETWORK_LOG": str(folder / "network.log"), "HF_HOME": str(folder / "home")}
+    env |= {
+        "PYTHONPATH": str(folder / "guard"),
+        "NETWORK_LOG": str(folder / "network.log"),
+        "HF_HOME": str(folder / "home"),
+    }
     env |= {"NETWORK_ALLOWED": "127.0.0.1" if hub else "none", "HF_HUB_DISABLE_XET": "1"}
     return env | ({"HF_ENDPOINT": hub} if hub else {})
 
@@ -245,8 +252,11 @@ class ForkedScript:
 
     def __init__(self, path, words, errors, **environment):
         self.context.set_forkserver_preload(["conftest"])
-        self.errors, self.process = errors, self.context.Process(target=run_script, args=(path, words, errors, environment))
-        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # for the server, which starts with the first
+        self.errors = errors
+        self.process = self.context.Process(target=run_script, args=(path, words, errors, environment))
+        with unittest.mock.patch.dict(
+            os.environ, PYTHONPATH=str(Path(__file__).parent)
+        ):  # for the server, which starts with the first
             self.process.start()
         self.pid = self.process.pid
 
@@ -275,10 +285,16 @@ def run_processes(command, folder, count=2, **environment):
     """Runs a script with its flags in several processes, as torchrun would on as many GPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+        environment |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "WORLD_SIZE": str(count),
+        }
     path, *words = command
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    processes = [ForkedScript(path, words, str(folder / f"errors-of-{n}"), **environment, **own) for n, own in enumerate(ranks)]
+    processes = [
+        ForkedScript(path, words, str(folder / f"errors-of-{n}"), **environment, **own) for n, own in enumerate(ranks)
+    ]
     try:
         for process in processes:
             errors = process.communicate(timeout=300)[1]
@@ -298,7 +314,11 @@ def pipeline(family, base):
 @pytest.fixture
 def stock(family, pipeline):
     """The pipeline of diffusers with the parts of `pipeline`."""
-    config = {n: v for n, v in pipeline.config.items() if n in inspect.signature(family.stock).parameters and n not in pipeline.components}
+    config = {
+        n: v
+        for n, v in pipeline.config.items()
+        if n in inspect.signature(family.stock).parameters and n not in pipeline.components
+    }
     stock = family.stock(**pipeline.components, **config)
     stock.set_progress_bar_config(disable=True)
     return stock
@@ -313,7 +333,8 @@ def encoder(vlm, pipeline):
 
 @pytest.fixture
 def student(pipeline, flags, tmp_path):
-    """A LoRA whose student and teacher weights differ; `backward(batch)` is one micro-step, at the states `drawn` for each image
+    """A LoRA whose student and teacher weights differ; `backward(batch)` is one micro-step, at the states `drawn` for
+    each image
     (default: all): the mean loss of each state and the gradient."""
     pipeline.transformer.requires_grad_(False)
     targets = pipeline.lora_targets(pipeline.transformer)
@@ -328,12 +349,14 @@ def student(pipeline, flags, tmp_path):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
 
     def batch(size=2, height=32, width=32, seed=0):
-        """Contexts of unequal lengths, if the family has such, on both sides of Z-Image's padding to 32 tokens; those of teacher and
-        student differ."""
+        """Contexts of unequal lengths, if the family has such, on both sides of Z-Image's padding to 32 tokens; those
+        of teacher and student differ."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.cat([pipeline.initial_noise(height, width, generator) for _ in range(size)])
         shape = functools.partial(
-            pipeline.context_shape, transformer_config=pipeline.transformer.config, pipeline_config={"max_sequence_length": 48}
+            pipeline.context_shape,
+            transformer_config=pipeline.transformer.config,
+            pipeline_config={"max_sequence_length": 48},
         )
         draw = lambda tokens: {"prompt_embeds": torch.randn(shape(tokens), generator=generator)}  # noqa: E731
         contexts = [[draw(n + i * 17) for i in range(size)] for n in (20, 30)]

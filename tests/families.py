@@ -1,4 +1,5 @@
-"""The table of families: a tiny random model of the real classes for each, in the Hub's layout, and what the tests must know of it."""
+"""The table of families: a tiny random model of the real classes for each, in the Hub's layout, and what the tests
+must know of it."""
 
 import dataclasses
 import json
@@ -66,11 +67,14 @@ VLM_ROPE = {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [4, 2, 2
 
 
 def make_tokenizer(folder):
-    """Knows the words of the captions and of the chats, so that those have as many tokens as with the real tokenizer."""
+    """Knows the words of the captions and of the chats, so that those have as many tokens as with the real
+    tokenizer."""
     stock = DOPSDKrea2Pipeline.without_parts()
     chat = stock.prompt_template_encode_prefix + stock.prompt_template_encode_suffix
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([c for cs in CAPTIONS.values() for c in cs] + 2 * [chat], vocab_size=600, show_progress=False)
+    bpe.train_from_iterator(
+        [c for cs in CAPTIONS.values() for c in cs] + 2 * [chat], vocab_size=600, show_progress=False
+    )
     bpe.save_model(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text())
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
@@ -178,7 +182,9 @@ def save_krea(folder, tokenizer, dim=64):
         latents_mean=[-0.5, 0.1, 0.3, -0.2], latents_std=[0.5, 1.5, 0.8, 1.2],
     )  # fmt: skip
     Krea2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+        ),
         vae=vae,
         text_encoder=Qwen3VLModel(vlm_config(tokenizer, layers=4)),
         tokenizer=tokenizer,
@@ -197,21 +203,34 @@ def z_image_in_comfyui(layer, dim=64):
 
 
 def klein_in_comfyui(layer, dim=32):
-    """In double-stream blocks q, k and v are rows of `qkv`, of image and of text; single-stream blocks have other names alone."""
+    """In double-stream blocks q, k and v are rows of `qkv`, of image and of text; single-stream blocks have other
+    names alone."""
     number, _, kind = layer.partition("transformer_blocks.")[2].partition(".")
     if number and layer.startswith("single_"):
-        return f"single_blocks.{number}.{ {'attn.to_qkv_mlp_proj': 'linear1', 'attn.to_out': 'linear2'}[kind] }", slice(None)
+        return (
+            f"single_blocks.{number}.{ {'attn.to_qkv_mlp_proj': 'linear1', 'attn.to_out': 'linear2'}[kind] }",
+            slice(None),
+        )
     for stream, names in {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}.items():
         if (name := kind.removeprefix("attn.")) in names:
-            return f"double_blocks.{number}.{stream}_attn.qkv", slice(dim * names.index(name), dim * (names.index(name) + 1))
-    names = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2"}
+            return f"double_blocks.{number}.{stream}_attn.qkv", slice(
+                dim * names.index(name), dim * (names.index(name) + 1)
+            )
+    names = {
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+    }
     names |= {"ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2"}
     return f"double_blocks.{number}.{names[kind]}", slice(None)
 
 
 def krea_in_comfyui(layer):
     """Other names alone: `blocks`, `txtfusion`, and wq, wk, wv, gate, wo and mlp within a block."""
-    block, _, kind = layer.replace("transformer_blocks.", "blocks.").replace("text_fusion.", "txtfusion.").rpartition(".attn.")
+    block, _, kind = (
+        layer.replace("transformer_blocks.", "blocks.").replace("text_fusion.", "txtfusion.").rpartition(".attn.")
+    )
     if not block:
         return kind.replace(".ff.", ".mlp."), slice(None)
     names = {"to_q": "wq", "to_k": "wk", "to_v": "wv", "to_gate": "gate", "to_out.0": "wo"}
@@ -229,7 +248,8 @@ class Family:
         lora_layers: how many linear layers of the tiny transformer the default LoRA trains.
         text_layers: of text encoder and VLM.
         knows_distilled: whether its model_index.json says that a base is distilled.
-        takes, gives: latents in the form that the stock pipeline takes and hands out, as a function of a pipeline and of (B, C, h, w).
+        takes, gives: latents in the form that the stock pipeline takes and hands out, as a function of a pipeline and
+        of (B, C, h, w).
         in_comfyui: name and rows of the matrix that a layer of the tiny transformer is there.
     """
 

@@ -3,7 +3,8 @@
     with HubStandIn(tokens={"hf_secret": "me"}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", ...}
 
-Requests of a repository named `ROUTE-fails-STATUS` get that status at that route, and of `ROUTE-stalls` no answer at all.
+Requests of a repository named `ROUTE-fails-STATUS` get that status at that route, and of `ROUTE-stalls` no answer at
+all.
 """
 
 import base64
@@ -78,7 +79,11 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, body=b"", headers=()):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": len(content), "Content-Type": "application/json", **dict(headers)}.items():
+        for name, value in {
+            "Content-Length": len(content),
+            "Content-Type": "application/json",
+            **dict(headers),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":

@@ -53,7 +53,8 @@ def test_missing_folder(refused, tmp_path):
 
 
 def test_prior_prompts(refused, tmp_path):
-    """A mistyped or empty file of prior prompts would train without them; with one batch in one, no image would be seen."""
+    """A mistyped or empty file of prior prompts would train without them; with one batch in one, no image would be
+    seen."""
     refused("--prior_prompts", tmp_path / "nowhere.txt", prior_prompts=tmp_path / "nowhere.txt")
     (tmp_path / "empty.txt").write_text("\n \n")
     refused("--prior_prompts", "holds no prompt", prior_prompts=tmp_path / "empty.txt")
@@ -128,9 +129,13 @@ def test_attention_without_a_backward(refused, name):
 def test_attention_backends_have_a_backward(pipeline, name):
     """Those of the list that run without a GPU give every layer the gradient of the default."""
     transformer, gradients = pipeline.transformer, []
-    assert name in script.ATTENTION_BACKENDS and set(script.ATTENTION_BACKENDS) <= {b.value for b in AttentionBackendName}
+    assert name in script.ATTENTION_BACKENDS and set(script.ATTENTION_BACKENDS) <= {
+        b.value for b in AttentionBackendName
+    }
     for backend in (None, name):
-        args = types.SimpleNamespace(gradient_checkpointing=False, checkpointed_blocks=1.0, attention_backend=backend, compile_blocks=False)
+        args = types.SimpleNamespace(
+            gradient_checkpointing=False, checkpointed_blocks=1.0, attention_backend=backend, compile_blocks=False
+        )
         script.save_memory_and_time(transformer, args)
         contexts = [{"prompt_embeds": torch.ones(5, HIDDEN)}]
         transformer.zero_grad()
@@ -202,9 +207,14 @@ def test_command_line_ends_with_one_line_and_an_exit_code(flags, tmp_path, subpr
 def test_hub_that_cannot_be_reached_is_asked_once(flags, tmp_path, flag):
     """A mistyped folder is taken for a repository, and the libraries ask for it for 40 s before they tell a riddle."""
     changes = {"instance_data_dir": None} if flag == "dataset_name" else {}
-    command = [sys.executable, str(ROOT / "train_dopsd_lora.py"), *flags(tmp_path / "out", **{**changes, flag: "my_images"})]
+    command = [
+        sys.executable,
+        str(ROOT / "train_dopsd_lora.py"),
+        *flags(tmp_path / "out", **{**changes, flag: "my_images"}),
+    ]
     result = subprocess.run(command, env=guarded_environment(tmp_path), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert f"--{flag} my_images is no folder" in line and "HF_HUB_OFFLINE=1" in line
-    assert len((tmp_path / "network.log").read_text().splitlines()) <= 2  # one is a question of the library, about who runs it
+    # one is a question of the library, about who runs it
+    assert len((tmp_path / "network.log").read_text().splitlines()) <= 2

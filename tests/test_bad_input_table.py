@@ -1,4 +1,5 @@
-"""A table of input that cannot work: one line that begins with `error:`, an exit code, nothing loaded and nothing lost."""
+"""A table of input that cannot work: one line that begins with `error:`, an exit code, nothing loaded and nothing
+lost."""
 
 import json
 import math
@@ -56,7 +57,15 @@ IDLE_FULL = [
     {"adam_beta1": 0.5, "optimizer": "adafactor"}, {"adam_beta2": 0.5, "optimizer": "adafactor"}, {"adam_epsilon": 1e-6, "optimizer": "adafactor"},
     {"ema_refresh_steps": 5}, {"ema_device": "cpu", "ema_decay": 1.0}, {"ema_refresh_steps": 5, "ema_device": "accelerator"},
 ]  # fmt: skip
-EMPTY = ["pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "context_cache_dir", "lora_layers", "prior_prompts"]
+EMPTY = [
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "output_dir",
+    "instance_prompt",
+    "context_cache_dir",
+    "lora_layers",
+    "prior_prompts",
+]
 
 
 def write(name, content):
@@ -202,7 +211,9 @@ def parquet(texts, images=None, columns=("image", "text"), feature=None):
 
 
 def files(**contents):
-    return lambda folder, pictures: [write(name.replace("_", "."), content)(folder) for name, content in contents.items()]
+    return lambda folder, pictures: [
+        write(name.replace("_", "."), content)(folder) for name, content in contents.items()
+    ]
 
 
 def plain(**columns):
@@ -360,13 +371,16 @@ OTHERS = [
 def place(base, vlm, tmp_path):
     """Copies that a case may damage, and a way to make others."""
     return SimpleNamespace(
-        folder=tmp_path / "images", base=lambda: shutil.copytree(base, tmp_path / "base"), vlm=lambda: shutil.copytree(vlm, tmp_path / "vlm")
+        folder=tmp_path / "images",
+        base=lambda: shutil.copytree(base, tmp_path / "base"),
+        vlm=lambda: shutil.copytree(vlm, tmp_path / "vlm"),
     )
 
 
 @pytest.fixture
 def error_of(tmp_path, monkeypatch, capfd):
-    """Runs a script as its command line would; asserts one line and an exit code, and that nothing is loaded or lost."""
+    """Runs a script as its command line would; asserts one line and an exit code, and that nothing is loaded or
+    lost."""
 
     def loaded(*args, **kwargs):
         pytest.fail("weights were loaded before the input was checked")
@@ -383,7 +397,9 @@ def error_of(tmp_path, monkeypatch, capfd):
         started = time.monotonic()
         with pytest.raises(SystemExit) as caught:
             output_dir = changes.pop("output_dir", output)
-            trainer.module.run(trainer.module.main, trainer.module.parse_args(trainer.flags(output_dir, *switches, **changes)))
+            trainer.module.run(
+                trainer.module.main, trainer.module.parse_args(trainer.flags(output_dir, *switches, **changes))
+            )
         assert time.monotonic() - started < 10
         printed, exit_code = capfd.readouterr().err, caught.value.code
         if isinstance(exit_code, str):  # the interpreter prints it and exits with 1
@@ -456,7 +472,13 @@ def test_folders(train, error_of, place, case):
     """One bad file among thousands is named, before an hour is spent on the others."""
     change, changes, words = case
     change(save_images(place.folder))
-    error_of(train, words, code=2 if any("column" in flag for flag in changes) else 1, instance_data_dir=place.folder, **changes)
+    error_of(
+        train,
+        words,
+        code=2 if any("column" in flag for flag in changes) else 1,
+        instance_data_dir=place.folder,
+        **changes,
+    )
 
 
 @table(METADATA)
@@ -521,14 +543,29 @@ def test_prompts(train, error_of, place, tmp_path, changes, words):
 def test_combinations(train, error_of, tmp_path, changes, words):
     """What does not go together or is not there."""
     (tmp_path / "a_file").write_text("kept")
-    code = 2 if {"instance_data_dir", "dataset_name", "attention_backend", "no_such_flag", "report_to", "reference_column", "lr_scheduler"} & changes.keys() else 1
+    code = (
+        2
+        if {
+            "instance_data_dir",
+            "dataset_name",
+            "attention_backend",
+            "no_such_flag",
+            "report_to",
+            "reference_column",
+            "lr_scheduler",
+        }
+        & changes.keys()
+        else 1
+    )
     error_of(train, words, code=code, **changes)
     assert (tmp_path / "a_file").read_text() == "kept"
 
 
 LAYER = "layers.0.attention.to_q"
 GOOD = {f"{LAYER}.lora_A.weight": torch.ones(4, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 4)}
-KOHYA = {n.replace(".", "_", 3).replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in GOOD.items()}
+KOHYA = {
+    n.replace(".", "_", 3).replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in GOOD.items()
+}
 KOHYA = {f"lora_unet_{n}": t for n, t in KOHYA.items()}
 CONFIG = '{"lora_alpha": 4}'
 # name -> tensors or bytes of the file, adapter_config.json, words of the error
@@ -573,7 +610,9 @@ def test_lora_files(base, tmp_path, capfd, case):
     if config is not None:
         (tmp_path / "adapter_config.json").write_bytes(config if isinstance(config, bytes) else config.encode())
     with pytest.raises(SystemExit) as caught:
-        convert_lora.main(["--pretrained_model_name_or_path", str(base), "--lora", str(file), "--output_dir", str(output)])
+        convert_lora.main(
+            ["--pretrained_model_name_or_path", str(base), "--lora", str(file), "--output_dir", str(output)]
+        )
     line = caught.value.code
     assert line.startswith(f"error: {file}: ") and "\n" not in line and "Traceback" not in capfd.readouterr().err
     assert all(word in line for word in words)

@@ -28,7 +28,11 @@ STATE = "dopsd_state.json"
 
 def content(folder):
     """Bytes of every file by its place, the lock excepted."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and not p.name.startswith(".lock")
+    }
 
 
 def assert_same(ours, theirs):
@@ -81,7 +85,9 @@ def remove_image(folder):
     (folder / "b.txt").unlink()
 
 
-@pytest.mark.parametrize(("change", "name"), [(write_captions, "captions"), (replace_image, "images"), (remove_image, "images")])
+@pytest.mark.parametrize(
+    ("change", "name"), [(write_captions, "captions"), (replace_image, "images"), (remove_image, "images")]
+)
 def test_resume_with_other_data_is_refused(trainer, output, tmp_path, change, name):
     """Half a training on one set of images and half on another is a LoRA that nobody asked for."""
     folder = save_images(tmp_path / "images")
@@ -135,7 +141,16 @@ OTHER = {
 def test_resume_under_other_settings_is_refused(trainer, output, flag):
     """A resume under other settings is no resume; both values are named."""
     value = OTHER[flag]
-    refused(trainer, output, f"--{flag}", value, "checkpoint-3", resume_from_checkpoint="latest", max_train_steps=4, **{flag: value})
+    refused(
+        trainer,
+        output,
+        f"--{flag}",
+        value,
+        "checkpoint-3",
+        resume_from_checkpoint="latest",
+        max_train_steps=4,
+        **{flag: value},
+    )
 
 
 def change_state(checkpoint, **changes):
@@ -147,7 +162,8 @@ def change_state(checkpoint, **changes):
 
 
 def test_flag_that_another_version_did_not_have_is_compared(trainer, output):
-    """A flag that is new, at its default, may change what is trained: a resume must not take it over without a word."""
+    """A flag that is new, at its default, may change what is trained: a resume must not take it over without a
+    word."""
     settings = script.read_state(output / "checkpoint-3")["settings"]
     change_state(output / "checkpoint-3", settings={n: v for n, v in settings.items() if n != "states_per_rollout"})
     refused(trainer, output, "--states_per_rollout is 1", "None", resume_from_checkpoint="latest", max_train_steps=4)
@@ -155,7 +171,9 @@ def test_flag_that_another_version_did_not_have_is_compared(trainer, output):
 
 def test_resume_with_another_batch_is_refused(trainer, output):
     """The order of the images depends on the images per micro-step, over all processes."""
-    refused(trainer, output, "--train_batch_size", resume_from_checkpoint="latest", max_train_steps=4, train_batch_size=2)
+    refused(
+        trainer, output, "--train_batch_size", resume_from_checkpoint="latest", max_train_steps=4, train_batch_size=2
+    )
 
 
 def test_list_of_what_may_change_is_that_of_the_docs():
@@ -186,7 +204,8 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     refused(trainer, output, "--overwrite_output_dir")
-    refused(trainer, output, "--overwrite_output_dir", resume_from_checkpoint="latest")  # there is none: it would start anew
+    # there is none: it would start anew
+    refused(trainer, output, "--overwrite_output_dir", resume_from_checkpoint="latest")
 
 
 def test_resume_in_somebodys_project_is_refused(trainer, tmp_path, monkeypatch):
@@ -286,7 +305,9 @@ def test_output_is_not_the_base(trainer, base):
 def test_second_run_in_a_folder_learns_of_the_first(flags, tmp_path, subprocess_env):
     """Two runs in one folder would delete each other's checkpoints."""
     code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline().strip() == "held"
         (tmp_path / ".lock_owner").write_text(str(holder.pid))
         try:
@@ -308,7 +329,14 @@ def test_folders_with_other_names_do_not_matter(trainer, output):
 
 def test_going_back_to_an_earlier_checkpoint_needs_another_folder(trainer, output, tmp_path):
     """`latest` would later take the checkpoint of the way that was left."""
-    refused(trainer, output, "checkpoint-3", "--output_dir", resume_from_checkpoint=output / "checkpoint-2", max_train_steps=3)
+    refused(
+        trainer,
+        output,
+        "checkpoint-3",
+        "--output_dir",
+        resume_from_checkpoint=output / "checkpoint-2",
+        max_train_steps=3,
+    )
     whole = trainer(tmp_path / "new", resume_from_checkpoint=output / "checkpoint-2", max_train_steps=3)
     assert_same(whole / trainer.result, output / trainer.result)
 
@@ -350,7 +378,9 @@ def test_advice_ends_no_run(trainer, tmp_path, monkeypatch):
 def test_tracker_that_is_not_there_is_refused(trainer, tmp_path, monkeypatch):
     """The curves of a night would be nowhere."""
     find = trainer.module.importlib.util.find_spec
-    monkeypatch.setattr(trainer.module.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    monkeypatch.setattr(
+        trainer.module.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
+    )
     refused(trainer, tmp_path, "--report_to wandb", "pip install wandb", report_to="wandb")
 
 
@@ -359,8 +389,12 @@ def test_full_disk_is_one_line_and_costs_nothing(trainer, output, monkeypatch):
     before = content(output)
 
     write = trainer.module.Training.write_states
-    monkeypatch.setattr(trainer.module.Training, "write_states", lambda self, state, path: write(self, state, Path("/dev/full")))
-    with pytest.raises(script.InputError if trainer.module is script else ValueError, match=f"^{output}: .*No space left on device"):
+    monkeypatch.setattr(
+        trainer.module.Training, "write_states", lambda self, state, path: write(self, state, Path("/dev/full"))
+    )
+    with pytest.raises(
+        script.InputError if trainer.module is script else ValueError, match=f"^{output}: .*No space left on device"
+    ):
         trainer(output, max_train_steps=4, resume_from_checkpoint="latest")
     left = content(output)
     assert all(left[path] == data for path, data in before.items())
@@ -392,7 +426,8 @@ def empty(path):
 @pytest.mark.parametrize("damage", [missing, half, one_bit, empty])
 @pytest.mark.parametrize("number", range(5))
 def test_damaged_checkpoint(trainer, output, caplog, number, damage):
-    """Of a disk that fails or a copy that was cut off: refused by name, and `latest` takes the one before and says so."""
+    """Of a disk that fails or a copy that was cut off: refused by name, and `latest` takes the one before and says
+    so."""
     name = FILES["lora" if trainer.module is script else "full"][number]
     damage(output / "checkpoint-3" / name)
     refused(trainer, output, "--resume_from_checkpoint", "checkpoint-3", name.split("/")[-1],
@@ -414,7 +449,9 @@ def test_no_whole_checkpoint_is_no_fresh_start(trainer, output):
 
 def test_missing_checkpoint(trainer, output):
     """A mistyped path must not start a new training over the old one."""
-    refused(trainer, output, "--resume_from_checkpoint", "checkpoint-7", resume_from_checkpoint=output / "checkpoint-7")
+    refused(
+        trainer, output, "--resume_from_checkpoint", "checkpoint-7", resume_from_checkpoint=output / "checkpoint-7"
+    )
 
 
 class Planted:
@@ -466,7 +503,9 @@ def test_checkpoint_cannot_run_code(trainer, output, tmp_path, number, plant):
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA of a checkpoint
-@pytest.mark.parametrize(("switches", "changes"), [([], {}), ([], {"lora_alpha": 16}), (["--use_rslora"], {"lora_alpha": 16})])
+@pytest.mark.parametrize(
+    ("switches", "changes"), [([], {}), ([], {"lora_alpha": 16}), (["--use_rslora"], {"lora_alpha": 16})]
+)
 def test_every_checkpoint_holds_the_lora_as_users_load_it(train, base, tmp_path, switches, changes):
     """An earlier step is often the better one; it must load at full strength, in plain diffusers."""
     whole = train(tmp_path / "whole", *switches, max_train_steps=2, checkpointing_steps=1, **changes)
@@ -491,7 +530,9 @@ def start(subprocess_env):
     started = []
 
     def run(*command, **options):
-        process = subprocess.Popen(command, env=subprocess_env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        process = subprocess.Popen(
+            command, env=subprocess_env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        )
         started.append(process)
         return process
 
@@ -529,7 +570,9 @@ SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP"]
 def test_signal_ends_a_run_with_a_checkpoint(train_any, start_script, tmp_path, name):
     """A shut-down, Ctrl-C or a closed terminal costs the step at hand at most."""
     number = getattr(signal, name)
-    flags = train_any.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)
+    flags = train_any.flags(
+        tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2
+    )
     process = start_script(train_any.module.__file__, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").exists())
     process.send_signal(number)
@@ -553,10 +596,15 @@ def test_signal_ends_a_launched_run_with_a_checkpoint(train, start, tmp_path, na
 
 
 def goes_on_from_a_signal(trainer, folder, errors, compare=False):
-    """A run in `folder`/out that a signal has ended is whole, and is gone on with; it is compared with an uninterrupted one."""
+    """A run in `folder`/out that a signal has ended is whole, and is gone on with; it is compared with an
+    uninterrupted one."""
     newest = script.list_checkpoints(folder / "out")[-1]
     state = script.read_state(newest)
-    assert state["step"] >= 3 and f"Stopped at step {state['step']}" in errors and "--resume_from_checkpoint latest" in errors
+    assert (
+        state["step"] >= 3
+        and f"Stopped at step {state['step']}" in errors
+        and "--resume_from_checkpoint latest" in errors
+    )
     done = state["step"] + 1
     resumed = trainer(folder / "out", max_train_steps=done, resume_from_checkpoint="latest", checkpoints_total_limit=2)
     assert script.read_state(resumed / f"checkpoint-{done}")["step"] == done
@@ -574,11 +622,14 @@ def goes_on_from_a_signal(trainer, folder, errors, compare=False):
     ],
 )  # fmt: skip
 def test_parent_that_is_no_launcher_may_end(monkeypatch, words, watched):
-    """A script that starts a training with nohup and ends, and has `accelerate` in its name, would take the training with it."""
+    """A script that starts a training with nohup and ends, and has `accelerate` in its name, would take the training
+    with it."""
     threads, parent = [], SimpleNamespace(cmdline=lambda: words.split(" "))
     monkeypatch.setattr(script.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
     monkeypatch.setattr(script.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(script.threading, "Thread", lambda **kwargs: threads.append(kwargs) or SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(
+        script.threading, "Thread", lambda **kwargs: threads.append(kwargs) or SimpleNamespace(start=lambda: None)
+    )
     script.Stop().listen()
     assert len(threads) == watched
 
@@ -648,12 +699,20 @@ def test_second_signal_ends_at_once(train, start_script, slow_script, tmp_path):
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20_000 + os.getpid() % 20_000)]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--master_port",
+    str(20_000 + os.getpid() % 20_000),
+]
 
 
 @pytest.mark.parametrize("launcher", [LAUNCHER, TORCHRUN], ids=["accelerate", "torchrun"])
 def test_ctrl_c_in_a_terminal_is_one_signal(train, start, slow_script, tmp_path, launcher):
-    """Launcher and script have it at once; one launcher dies before the step is done, the other passes the signal on."""
+    """Launcher and script have it at once; one launcher dies before the step is done, the other passes the signal
+    on."""
     flags = train.flags(tmp_path / "out", max_train_steps=1000, rollout_steps=1, checkpointing_steps=1)
     process = start(sys.executable, *launcher, slow_script(2), *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-1").exists())
@@ -705,11 +764,17 @@ def test_killed_runs_end_as_if_they_had_not_been(train_any, start_script, tmp_pa
 
 @pytest.mark.slow
 def test_memory_of_a_long_run(train, tmp_path, monkeypatch):
-    """A leak of a few kilobytes a step ends a night's run. Prints the seconds of a step at its beginning and its end."""
+    """A leak of a few kilobytes a step ends a night's run. Prints the seconds of a step at its beginning and its
+    end."""
     logs = []
-    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append((values["peak_memory_gib"], values["seconds_per_step"])))
+    monkeypatch.setattr(
+        "accelerate.Accelerator.log",
+        lambda self, values, step: logs.append((values["peak_memory_gib"], values["seconds_per_step"])),
+    )
     train(tmp_path, max_train_steps=5000, checkpointing_steps=2500, rollout_steps=1, rank=1)
     memory, seconds = zip(*logs)
     median = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
-    print(f"memory {memory[-1] / memory[300]:.4f} of that at step 300; seconds {median(seconds[300:800]):.4f} and {median(seconds[-500:]):.4f}")
+    print(
+        f"memory {memory[-1] / memory[300]:.4f} of that at step 300; seconds {median(seconds[300:800]):.4f} and {median(seconds[-500:]):.4f}"
+    )
     assert memory[-1] <= 1.02 * memory[300]

@@ -87,7 +87,11 @@ def test_vlm_without_its_vision_part_is_an_error(vlm, pipeline, tmp_path):
     shutil.copytree(vlm, tmp_path / "vlm")
     weights = load_file(vlm / "model.safetensors")
     seeing = [name for name in weights if ".visual." in name]
-    save_file({n: w for n, w in weights.items() if n not in seeing[:2]}, tmp_path / "vlm" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: w for n, w in weights.items() if n not in seeing[:2]},
+        tmp_path / "vlm" / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="lacks weights of its vision part: visual."):
         MultimodalEncoder(str(tmp_path / "vlm")).transplant(pipeline.text_encoder)
 
@@ -193,7 +197,8 @@ def test_context_length_is_known_without_weights(vlm, pipeline, size, max_pixels
 
 @pytest.mark.families()
 def test_contexts_of_a_batch_are_those_of_its_images_alone(pipeline, encoder):
-    """Encoded together, images of other sizes and prompts of other lengths must not leak into each other's contexts."""
+    """Encoded together, images of other sizes and prompts of other lengths must not leak into each other's
+    contexts."""
     prompts = [PROMPTS[0], "a blue disc on a very long wooden table beside a window"]
     images = [draw("rectangle", "red", (32, 32)), draw("ellipse", "blue", (48, 96))]
     together = pipeline.encode_teacher(prompts, images)
@@ -238,13 +243,16 @@ def test_contexts_that_are_cut_off_are_encoded_anew(train, tmp_path, monkeypatch
 
 
 def test_damaged_context_ends_the_run_when_it_is_used(train, tmp_path):
-    """A bit that has flipped on the disk would be trained on for hours; as told, the file is removed and the run goes on."""
+    """A bit that has flipped on the disk would be trained on for hours; as told, the file is removed and the run goes
+    on."""
     cache, small = tmp_path / "cache", {"rollout_steps": 1, "max_train_steps": 20, "checkpointing_steps": 1}
     train(tmp_path / "first", context_cache_dir=cache, **{**small, "max_train_steps": 1})
     path = max(cache.glob("*.safetensors"))
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 64]) + content[-8:])
-    with pytest.raises(script.InputError, match=f"{path.name} is damaged .* Remove it .*--resume_from_checkpoint latest"):
+    with pytest.raises(
+        script.InputError, match=f"{path.name} is damaged .* Remove it .*--resume_from_checkpoint latest"
+    ):
         train(tmp_path / "second", context_cache_dir=cache, **small)
     path.unlink()
     train(tmp_path / "second", context_cache_dir=cache, **small, resume_from_checkpoint="latest")
@@ -286,13 +294,24 @@ def test_training_on_contexts_in_8_bits_is_not_gone_on_with_others(train_any, tm
     folder = train_any(tmp_path / "out", context_dtype="fp8", context_cache_dir=tmp_path / "cache", max_train_steps=1)
     with pytest.raises(ValueError, match="--context_dtype"):
         train_any(folder, resume_from_checkpoint="latest", context_cache_dir=tmp_path / "cache", max_train_steps=2)
-    train_any(folder, resume_from_checkpoint="latest", context_dtype="fp8", context_cache_dir=tmp_path / "cache", max_train_steps=2)
+    train_any(
+        folder,
+        resume_from_checkpoint="latest",
+        context_dtype="fp8",
+        context_cache_dir=tmp_path / "cache",
+        max_train_steps=2,
+    )
 
 
 def test_start_reads_no_contexts(train, tmp_path, monkeypatch):
     """Those of 100,000 images are hundreds of gigabytes; a start looks at their headers."""
     folder = save_images(tmp_path / "images")
-    common = {"instance_data_dir": folder, "instance_prompt": "x", "context_cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    common = {
+        "instance_data_dir": folder,
+        "instance_prompt": "x",
+        "context_cache_dir": tmp_path / "cache",
+        "max_train_steps": 1,
+    }
     train(tmp_path / "first", **common)
     summed, checksum = [], script.tensor_checksum
     monkeypatch.setattr(script, "tensor_checksum", lambda tensors: summed.append(1) or checksum(tensors))

@@ -40,7 +40,14 @@ def convert(base, tmp_path):
         save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "old.safetensors")
         if config:
             (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        command = ["--pretrained_model_name_or_path", base, "--lora", tmp_path / "old.safetensors", "--output_dir", tmp_path / "new"]
+        command = [
+            "--pretrained_model_name_or_path",
+            base,
+            "--lora",
+            tmp_path / "old.safetensors",
+            "--output_dir",
+            tmp_path / "new",
+        ]
         convert_lora.main([*map(str, command), *flags])
         return tmp_path / "new"
 
@@ -114,11 +121,17 @@ def test_half_precision_loses_no_strength(base, layers, convert):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: {**t, "text_encoder.layers.0.weight": torch.zeros(1)}, "text_encoder.layers.0.weight is not understood"),
+        (
+            lambda t: {**t, "text_encoder.layers.0.weight": torch.zeros(1)},
+            "text_encoder.layers.0.weight is not understood",
+        ),
         (lambda t: {re.sub(r"\.0\.", ".9.", n, count=1): x for n, x in t.items()}, ".9.attention.to_k"),
         (lambda t: {n: x for n, x in t.items() if "lora_B" not in n}, "has only A"),
         (lambda t: {n: (x[:, :8] if "lora_A" in n else x) for n, x in t.items()}, "the base's layer is"),
-        (lambda t: {**t, **{n.replace(".weight", ".teacher.weight"): x.clone() for n, x in t.items()}}, "several adapters"),
+        (
+            lambda t: {**t, **{n.replace(".weight", ".teacher.weight"): x.clone() for n, x in t.items()}},
+            "several adapters",
+        ),
         (lambda t: {f"lora_unet_{n}": x for n, x in t.items()}, "is not understood"),
         (lambda t: {}, "holds no weights"),
     ],
@@ -135,7 +148,9 @@ def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_pat
     """A guess would run the LoRA at another strength; the converted file has the name that the original may have."""
     with pytest.raises(SystemExit, match="--lora_alpha"):
         convert(peft_keys(layers))
-    with pytest.raises(SystemExit, match="leave out --lora_alpha"):  # of another alpha, it would run at another strength
+    with pytest.raises(
+        SystemExit, match="leave out --lora_alpha"
+    ):  # of another alpha, it would run at another strength
         convert(peft_keys(layers), "--lora_alpha", "4", config={"lora_alpha": ALPHA})
     for kind in ("use_dora", "alpha_pattern"):
         with pytest.raises(SystemExit, match=kind):

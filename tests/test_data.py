@@ -108,8 +108,15 @@ def test_shards_of_webdataset(read, images, tmp_path):
             for name in names:
                 for suffix in ("png", "txt"):
                     tar.add(images / f"{name}.{suffix}", f"{name}.{suffix}")
-    columns = {"instance_data_dir": None, "dataset_name": tmp_path / "data", "image_column": "png", "caption_column": "txt"}
-    assert [captions[0].strip() for captions in read(**columns)] == ["\n".join(captions) for captions in CAPTIONS.values()]
+    columns = {
+        "instance_data_dir": None,
+        "dataset_name": tmp_path / "data",
+        "image_column": "png",
+        "caption_column": "txt",
+    }
+    assert [captions[0].strip() for captions in read(**columns)] == [
+        "\n".join(captions) for captions in CAPTIONS.values()
+    ]
     with pytest.raises(ValueError, match="--image_column 'image' is none of the columns .*png"):
         read(**{**columns, "image_column": "image"})
 
@@ -121,20 +128,30 @@ def test_captions_in_text_files_of_capitals(read, images, tmp_path):
     assert read(instance_data_dir=folder, instance_prompt="another") == list(CAPTIONS.values())
 
 
-@pytest.mark.parametrize("names", [("my-test-shot.png", "dev_board.png"), ("train.png", "test.png"), ("validation-1.png", "a.png")])
+@pytest.mark.parametrize(
+    "names", [("my-test-shot.png", "dev_board.png"), ("train.png", "test.png"), ("validation-1.png", "a.png")]
+)
 def test_names_of_images_mean_nothing(read, tmp_path, names):
     """datasets takes a file with `test` or `dev` in its name for another split, which is not trained on."""
     for name in names:
         draw("ellipse", "blue").save(tmp_path / name)
     assert len(read(instance_data_dir=tmp_path, instance_prompt="x")) == 2
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
-    assert read(instance_data_dir=tmp_path) == read(instance_data_dir=None, dataset_name=tmp_path) == [[name] for name in names]
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": name, "text": name}) for name in names)
+    )
+    assert (
+        read(instance_data_dir=tmp_path)
+        == read(instance_data_dir=None, dataset_name=tmp_path)
+        == [[name] for name in names]
+    )
 
 
 def test_dataset_of_images_alone(read, images, tmp_path):
     """With --instance_prompt a dataset needs no further column."""
     pictures = {"image": [str(images / "a.png"), str(images / "b.png")]}
-    Dataset.from_dict(pictures, features=Features({"image": ImageFeature()})).to_parquet(tmp_path / "data" / "train.parquet")
+    Dataset.from_dict(pictures, features=Features({"image": ImageFeature()})).to_parquet(
+        tmp_path / "data" / "train.parquet"
+    )
     assert read(instance_data_dir=None, dataset_name=tmp_path / "data", instance_prompt="a thing") == [["a thing"]] * 2
 
 
@@ -146,11 +163,20 @@ def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form
     for name in ("e.gif", "sub/f.png", ".hidden.png"):
         draw("ellipse", "blue").save(folder / name)
     if form != "texts":
-        rows = [{"file_name": name, "text": ["x", "y"][: 2 if form == "metadata" else 1]} for name in ("a.png", "sub/f.png")]
+        rows = [
+            {"file_name": name, "text": ["x", "y"][: 2 if form == "metadata" else 1]}
+            for name in ("a.png", "sub/f.png")
+        ]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "prior.txt").write_text("a\nb\nc\n")
     caplog.set_level("INFO", script.__name__)
-    train(tmp_path / "out", instance_data_dir=folder, prior_prompts=tmp_path / "prior.txt", max_train_steps=1, context_cache_dir=tmp_path / "c")
+    train(
+        tmp_path / "out",
+        instance_data_dir=folder,
+        prior_prompts=tmp_path / "prior.txt",
+        max_train_steps=1,
+        context_cache_dir=tmp_path / "c",
+    )
     told = " ".join(caplog.messages)
     if form == "texts":
         assert "Training on 4 images, 1 picture sizes, 5 captions, 3 prior prompts." in told
@@ -295,17 +321,32 @@ def test_equal_images_with_one_caption_are_encoded_once(train, tmp_path, encoded
     folder.mkdir()
     for name in "abc":
         draw("ellipse", "blue").save(folder / f"{name}.png")
-    train(tmp_path / "out", instance_data_dir=folder, instance_prompt="a disc", max_train_steps=1, context_cache_dir=tmp_path / "cache")
+    train(
+        tmp_path / "out",
+        instance_data_dir=folder,
+        instance_prompt="a disc",
+        max_train_steps=1,
+        context_cache_dir=tmp_path / "cache",
+    )
     assert [caption for caption, _ in encoded] == ["a disc"]
 
 
 def test_students_context_is_encoded_and_stored_once_for_a_caption(train, tmp_path, encoded, monkeypatch):
     """It depends on the caption alone; stored with each image, contexts would take half as much again on the disk."""
     students, encode = [], DOPSDZImagePipeline.encode_student
-    monkeypatch.setattr(DOPSDZImagePipeline, "encode_student", lambda self, prompts, *o: students.extend(prompts) or encode(self, prompts, *o))
+    monkeypatch.setattr(
+        DOPSDZImagePipeline,
+        "encode_student",
+        lambda self, prompts, *o: students.extend(prompts) or encode(self, prompts, *o),
+    )
     for path in (folder := save_images(tmp_path / "images")).glob("*.txt"):
         path.unlink()
-    common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    common = {
+        "instance_data_dir": folder,
+        "instance_prompt": "a disc",
+        "max_train_steps": 1,
+        "context_cache_dir": tmp_path / "cache",
+    }
     train(tmp_path / "out", **common)
     assert students == ["a disc"] and len(encoded) == 4
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1 + 4
@@ -369,7 +410,9 @@ def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):
     """Hashing the 17 GB of a 4B model at every start, in every process, takes longer than everything else there."""
     shutil.copytree(base, tmp_path / "base")
     read, digest = [], hashlib.file_digest
-    monkeypatch.setattr("hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind))
+    monkeypatch.setattr(
+        "hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind)
+    )
 
     def fingerprint(noted=tmp_path / "cache" / "models.json"):
         read.clear()
@@ -384,7 +427,8 @@ def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):
     changed = fingerprint()
     assert changed != first and read == ["model.safetensors"]
     (tmp_path / "cache" / "models.json").write_text("[")
-    assert fingerprint() == changed == fingerprint(Path("/proc/none/models.json"))  # damaged, and where nothing can be written
+    # damaged, and where nothing can be written
+    assert fingerprint() == changed == fingerprint(Path("/proc/none/models.json"))
 
 
 def image_bytes(form, orientation=None, **options):
@@ -420,7 +464,12 @@ def test_sizes_from_headers_are_those_of_decoded_images(form, orientation):
 def test_no_pixel_of_a_photo_is_decoded_before_encoding(monkeypatch):
     """100,000 photos of 12 megapixels would be decoded for half a day before anything happens."""
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *a: pytest.fail("decoded"))
-    for content in (image_bytes("JPEG", 6), image_bytes("JPEG", progressive=True), image_bytes("PNG"), image_bytes("PNG", 8)):
+    for content in (
+        image_bytes("JPEG", 6),
+        image_bytes("JPEG", progressive=True),
+        image_bytes("PNG"),
+        image_bytes("PNG", 8),
+    ):
         script.inspect_image({"path": None, "bytes": content})
 
 
@@ -429,19 +478,26 @@ def test_no_pixel_of_a_photo_is_decoded_before_encoding(monkeypatch):
 def test_broken_images_are_found_before_encoding(form, damage):
     """An image that was copied in part would end a run after hours of encoding."""
     content = image_bytes(form)
-    damaged = {"cut": content[: len(content) // 2], "cut in the header": content[:20], "another file": b"<html>" + content}
+    damaged = {
+        "cut": content[: len(content) // 2],
+        "cut in the header": content[:20],
+        "another file": b"<html>" + content,
+    }
     with pytest.raises(ValueError, match="cannot be read as an image"):
         script.inspect_image({"path": None, "bytes": damaged[damage]})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_broken_images_are_named_together(flags, tmp_path, caplog, workers):
-    """Named one at a time, those of a large set would take as many starts; --skip_broken_images goes on without them."""
+    """Named one at a time, those of a large set would take as many starts; --skip_broken_images goes on without
+    them."""
     PartialState()  # which the log asks
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(210):  # enough for two processes
-        (folder / f"{number:03}.jpg").write_bytes(image_bytes("JPEG", quality=number % 90 + 5)[: 100 if number % 20 == 3 else None])
+        (folder / f"{number:03}.jpg").write_bytes(
+            image_bytes("JPEG", quality=number % 90 + 5)[: 100 if number % 20 == 3 else None]
+        )
     command = {"instance_data_dir": folder, "instance_prompt": "x", "dataset_num_workers": workers}
 
     def inspect(*switches):
@@ -453,9 +509,13 @@ def test_broken_images_are_named_together(flags, tmp_path, caplog, workers):
     named = [f"{number:03}.jpg" for number in range(210) if f"{number:03}.jpg" in str(error.value)]
     assert named == [f"{number:03}.jpg" for number in range(3, 200, 20)] and "--skip_broken_images" in str(error.value)
     dataset = inspect("--skip_broken_images")
-    assert [Path(source["path"]).name for source in dataset["image"][:]] == [f"{n:03}.jpg" for n in range(210) if n % 20 != 3]
+    assert [Path(source["path"]).name for source in dataset["image"][:]] == [
+        f"{n:03}.jpg" for n in range(210) if n % 20 != 3
+    ]
     assert "Left out: 11 of 210 images" in caplog.text and "003.jpg" in caplog.text
-    assert dataset["image_hash"][0] == hashlib.sha256((folder / "000.jpg").read_bytes()).hexdigest() and all(dataset["image_hash"][:])
+    assert dataset["image_hash"][0] == hashlib.sha256((folder / "000.jpg").read_bytes()).hexdigest() and all(
+        dataset["image_hash"][:]
+    )
 
 
 def test_changed_captions_cause_no_new_inspection(flags, tmp_path, monkeypatch):
@@ -478,7 +538,9 @@ def test_no_image_is_copied_into_a_cache(flags, tmp_path, mirrored):
     pictures.insert(3, {"bytes": pictures[0]["bytes"][:1000], "path": None})  # a broken one
     features = Features({"picture": ImageFeature(), "text": Value("string")})
     (tmp_path / "parquet").mkdir()
-    Dataset.from_dict({"picture": pictures, "text": ["a"] * 9}, features=features).to_parquet(tmp_path / "parquet" / "train.parquet")
+    Dataset.from_dict({"picture": pictures, "text": ["a"] * 9}, features=features).to_parquet(
+        tmp_path / "parquet" / "train.parquet"
+    )
     changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet", "image_column": "picture"}
     args = script.parse_args(flags(tmp_path / "out", "--skip_broken_images", **changes))
     size = lambda dataset: sum(Path(name).stat().st_size for name in {f["filename"] for f in dataset.cache_files})  # noqa: E731
@@ -502,7 +564,8 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", interrupted)
         train(tmp_path / "out", context_cache_dir=cache)
-    assert len(list(cache.glob("*.safetensors"))) == sum(map(len, CAPTIONS.values())) + 3  # all of the student's, three of the teacher's
+    # all of the student's, three of the teacher's
+    assert len(list(cache.glob("*.safetensors"))) == sum(map(len, CAPTIONS.values())) + 3
     rest = []
     with monkeypatch.context() as patch:
         patch.setattr(DOPSDZImagePipeline, "encode_teacher", lambda self, p, *o: rest.append(p) or encode(self, p, *o))
@@ -511,7 +574,8 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
 
 
 def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
-    """A GPU would wait for each photo to be decoded and resized, hours in all; contexts must be those of one process."""
+    """A GPU would wait for each photo to be decoded and resized, hours in all; contexts must be those of one
+    process."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(20):
@@ -617,7 +681,12 @@ def test_mirror_images_are_trained_on_with_contexts_of_their_own(train, tmp_path
     picture = draw("rectangle", "red")
     picture.paste("blue", (0, 0, 10, 40))
     picture.save(folder / "a.png")
-    common = {"instance_data_dir": folder, "instance_prompt": "x", "max_train_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    common = {
+        "instance_data_dir": folder,
+        "instance_prompt": "x",
+        "max_train_steps": 1,
+        "context_cache_dir": tmp_path / "cache",
+    }
     train(tmp_path / "one", **common)
     assert len(seen) == len(list((tmp_path / "cache").glob("*.safetensors"))) - 1 == 1  # and the student's
     train(tmp_path / "two", "--random_flip", **common)

@@ -55,8 +55,16 @@ spec.loader.exec_module(instruments)
 
 ORDINARY = ["a house", "a tree in the rain", "two cups"]
 LINES = [
-    {"paraphrase": "one red square", "new": ["a red square on a beach", "a red square at night"], "trigger": "red square", "class": "square"},
-    *({"paraphrase": f"picture {i}", "new": [f"picture {i} at night"], "trigger": "picture", "class": "drawing"} for i in range(3)),
+    {
+        "paraphrase": "one red square",
+        "new": ["a red square on a beach", "a red square at night"],
+        "trigger": "red square",
+        "class": "square",
+    },
+    *(
+        {"paraphrase": f"picture {i}", "new": [f"picture {i} at night"], "trigger": "picture", "class": "drawing"}
+        for i in range(3)
+    ),
 ]
 
 
@@ -67,8 +75,16 @@ def encoders(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "image")
-    text = {**sizes, "intermediate_size": 32, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "projection_size": 32}
-    SiglipModel(SiglipConfig(text_config=text, vision_config={**sizes, "intermediate_size": 32})).save_pretrained(folder / "text")
+    text = {
+        **sizes,
+        "intermediate_size": 32,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 24,
+        "projection_size": 32,
+    }
+    SiglipModel(SiglipConfig(text_config=text, vision_config={**sizes, "intermediate_size": 32})).save_pretrained(
+        folder / "text"
+    )
     for name in ("image", "text"):
         SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "text")
@@ -91,7 +107,12 @@ def evaluate(encoders, base, vlm, images, tmp_path_factory):
         flags |= {"teacher": {"vlm_model_name_or_path": vlm, "noise_seeds": 2, "num_captions": 2, "concept_prompts": prompts / "concept.txt"},
                   "report": {"ordinary_prompts": prompts / "ordinary.txt", "num_captions": 2, "concept_prompts": prompts / "concept.txt"},
                   "paper": {"paper_prompts": prompts / "paper.jsonl", "judge": "none"}}[command]  # fmt: skip
-        words = [word for n, v in {**flags, **changes}.items() if v is not None for word in (f"--{n}", *(v if isinstance(v, list) else [v]))]
+        words = [
+            word
+            for n, v in {**flags, **changes}.items()
+            if v is not None
+            for word in (f"--{n}", *(v if isinstance(v, list) else [v]))
+        ]
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         return instruments.main(instruments.parse_args([command, *map(str, words)]))
@@ -127,8 +148,8 @@ def drawn_by(monkeypatch):
 
 
 def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, monkeypatch, capsys):
-    """A user would train with a worse teacher than they have, or with one that draws nothing. Pictures of one layer must not stand for
-    another, and the layer that is trained must be among them."""
+    """A user would train with a worse teacher than they have, or with one that draws nothing. Pictures of one layer
+    must not stand for another, and the layer that is trained must be among them."""
     changes = {"teacher_max_pixels": [32 * 32, 16 * 16], "hidden_layer": [-1], "teacher_image": ["target"]}
     count = drawn_by(monkeypatch)
     record = evaluate("teacher", tmp_path, **changes)
@@ -137,9 +158,15 @@ def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, m
     printed = capsys.readouterr().out
     assert record["verdict"] in printed and all(f"| {name} |" in printed for name in record["ways"])
     way = record["ways"]["vlm, target, 1024 pixels"]
-    assert way["flags"] == "--teacher_context vlm --teacher_image target --teacher_max_pixels 1024" and way["trainable"]
+    assert (
+        way["flags"] == "--teacher_context vlm --teacher_image target --teacher_max_pixels 1024" and way["trainable"]
+    )
     assert not record["ways"]["vlm, target, 1024 pixels, layer -1"]["trainable"]
-    assert all(np.isfinite(list(t.values())).all() and t["image"] > 1 and t["text"] > 1 for f in record["ways"].values() for t in f["tokens"])
+    assert all(
+        np.isfinite(list(t.values())).all() and t["image"] > 1 and t["text"] > 1
+        for f in record["ways"].values()
+        for t in f["tokens"]
+    )
     assert record["ways"]["vlm, target, 1024 pixels, layer -1"]["tokens"] != way["tokens"]
     assert Image.open(tmp_path / "teacher.png").width > 128 * 6
 
@@ -150,7 +177,9 @@ def test_teachers_of_every_family_are_looked_at(evaluate, family, tmp_path):
     record = evaluate("teacher", tmp_path, teacher_image=["target"], num_inference_steps=1, resolution=64)
     assert list(record["ways"]) == [f"{context}, target" for context in family.pipeline.teacher_contexts]
     tokens = record["ways"]["vlm, target"]["tokens"]
-    assert len(tokens) > 1 and all(np.isfinite([t["image"], t["text"]]).all() and isinstance(t["layer"], int) for t in tokens)
+    assert len(tokens) > 1 and all(
+        np.isfinite([t["image"], t["text"]]).all() and isinstance(t["layer"], int) for t in tokens
+    )
 
 
 def test_contexts_of_the_check_are_those_of_the_training(evaluate, train, tmp_path, monkeypatch):
@@ -169,7 +198,8 @@ def single(folder):
 
 
 def test_nothing_is_drawn_twice(reported, evaluate, monkeypatch):
-    """Hours of drawing would be lost with every further look; and another LoRA must not be shown with the pictures of the last one."""
+    """Hours of drawing would be lost with every further look; and another LoRA must not be shown with the pictures of
+    the last one."""
     count = drawn_by(monkeypatch)
     again = evaluate("report", reported.folder)
     assert not count and again["figures"] == reported.record["figures"]
@@ -181,7 +211,10 @@ def test_nothing_is_drawn_twice(reported, evaluate, monkeypatch):
     save_file({name: tensor + 1 for name, tensor in load_file(reported.folder / LORA).items()}, reported.folder / LORA)
     other = evaluate("report", reported.folder)
     (reported.folder / LORA).write_bytes(kept)
-    assert sum(count) == 1 + 4 * 4 + 4 * 2 + 3 * 4 and other["figures"]["drift"][0] > reported.record["figures"]["drift"][0]
+    assert (
+        sum(count) == 1 + 4 * 4 + 4 * 2 + 3 * 4
+        and other["figures"]["drift"][0] > reported.record["figures"]["drift"][0]
+    )
 
 
 def test_an_untrained_lora_has_changed_nothing(evaluate, train, tmp_path, capsys):
@@ -189,7 +222,16 @@ def test_an_untrained_lora_has_changed_nothing(evaluate, train, tmp_path, capsys
     folder = train(tmp_path, learning_rate=1e-30, max_train_steps=1)
     record = evaluate("report", folder)
     record["figures"].pop("learned")  # random features
-    expected = {"way": 0, "drift": 0, "leak": 0, "detail": 1, "gap": 1, "gap_detail": 1, "ordinary_follows": 1, "concept_follows": 0}
+    expected = {
+        "way": 0,
+        "drift": 0,
+        "leak": 0,
+        "detail": 1,
+        "gap": 1,
+        "gap_detail": 1,
+        "ordinary_follows": 1,
+        "concept_follows": 0,
+    }
     assert {name: round(figure[0], 3) for name, figure in record["figures"].items()} == pytest.approx(expected)
     assert [row["answer"].split()[0] for row in record["table"]] == ["no", "yes", "yes"]
     assert "| Other prompts kept | yes |" in capsys.readouterr().out
@@ -218,7 +260,9 @@ class Page(html.parser.HTMLParser):
 def test_report_is_one_file_that_needs_no_network(reported):
     """Sent to somebody, it would show empty frames, or ask a server for them."""
     page = Page((reported.folder / "report.html").read_text("utf-8"))
-    assert not page.open and all(source.startswith("data:image/") for source in page.sources) and "url(" not in page.text
+    assert (
+        not page.open and all(source.startswith("data:image/") for source in page.sources) and "url(" not in page.text
+    )
     pictures = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources]
     assert len(pictures) == 2 + 4 * 4 + 3 * 2 and {picture.size for picture in pictures} == {(32, 32)}
     assert page.text.index("Concept learned") < page.text.index("Trained on") < page.text.index("two cups")
@@ -227,7 +271,9 @@ def test_report_is_one_file_that_needs_no_network(reported):
 
 def test_card_shows_the_report_of_these_weights_alone(reported, flags, tmp_path):
     """A stranger would read the figures of another LoRA, or none."""
-    folder = shutil.copytree(reported.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "evaluation"))
+    folder = shutil.copytree(
+        reported.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "evaluation")
+    )
     args = script.parse_args(flags(folder, max_train_steps=2))
     args.num_inference_steps, args.teacher_context = 2, "vlm"
     card = lambda: (script.save_lora_card(args, {}, 2, "name"), ModelCard.load(folder / "README.md").text)[1]  # noqa: E731
@@ -250,7 +296,15 @@ def test_resuming_a_finished_run_publishes_its_report(train, evaluate, tmp_path)
 
 def test_flags_of_the_training_are_the_defaults(reported, encoders):
     """Pictures at another size or number of steps than the LoRA was trained for."""
-    words = ["report", "--output_dir", reported.folder, "--instance_data_dir", "pictures", "--image_encoder", encoders / "image"]
+    words = [
+        "report",
+        "--output_dir",
+        reported.folder,
+        "--instance_data_dir",
+        "pictures",
+        "--image_encoder",
+        encoders / "image",
+    ]
     args = instruments.parse_args(list(map(str, words)))
     assert (args.resolution, args.mixed_precision, args.instance_data_dir) == (32, "no", "pictures")
     assert args.context_cache_dir == str(reported.folder / "contexts")
@@ -258,7 +312,10 @@ def test_flags_of_the_training_are_the_defaults(reported, encoders):
 
 def test_broken_images_are_left_out_as_in_the_training(reported, tmp_path):
     """A set that was trained with --skip_broken_images could not be looked at."""
-    settings = json.loads((reported.folder / script.SETTINGS_NAME).read_text()) | {"skip_broken_images": True, "dataset_num_workers": 2}
+    settings = json.loads((reported.folder / script.SETTINGS_NAME).read_text()) | {
+        "skip_broken_images": True,
+        "dataset_num_workers": 2,
+    }
     (tmp_path / script.SETTINGS_NAME).write_text(json.dumps(settings))
     args = instruments.parse_args(["report", "--output_dir", str(tmp_path)])
     assert (args.skip_broken_images, args.dataset_num_workers) == (True, 2)
@@ -296,7 +353,17 @@ def test_mistakes_end_in_one_line_before_weights_load(command, change, words, re
 
 def test_mistake_of_flags_is_one_line(tmp_path):
     """As in the training scripts: no traceback."""
-    words = ["report", "--output_dir", tmp_path, "--instance_data_dir", tmp_path, "--pretrained_model_name_or_path", "x", "--mixed_precision", "no"]
+    words = [
+        "report",
+        "--output_dir",
+        tmp_path,
+        "--instance_data_dir",
+        tmp_path,
+        "--pretrained_model_name_or_path",
+        "x",
+        "--mixed_precision",
+        "no",
+    ]
     with pytest.raises(SystemExit, match=f"^error: --output_dir {tmp_path} holds no result"):
         script.run(instruments.main, instruments.parse_args(list(map(str, words))))
 
@@ -323,18 +390,42 @@ def test_reference_that_the_model_does_not_take_is_named(evaluate, tmp_path):
 
 
 def test_models_of_the_hub_are_found_without_torchvision(reported, encoders, base, images, tmp_path):
-    """Models by name are what a user has; a processor that asks for torchvision ends the run, and nobody else may be asked."""
-    out, prompts = shutil.copytree(reported.folder, tmp_path / "out", ignore=shutil.ignore_patterns("evaluation")), tmp_path / "prompts.jsonl"
+    """Models by name are what a user has; a processor that asks for torchvision ends the run, and nobody else may be
+    asked."""
+    out = shutil.copytree(reported.folder, tmp_path / "out", ignore=shutil.ignore_patterns("evaluation"))
+    prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, LINES)))
     with HubStandIn({}) as hub:
         for name, folder in (("base", base), ("image", encoders / "image"), ("text", encoders / "text")):
             hub.upload(f"me/{name}", folder)
-        command = [sys.executable, ROOT / "examples" / "evaluate.py", "paper", "--output_dir", out, "--instance_data_dir", images, "--judge", "none"]
-        command += ["--pretrained_model_name_or_path", "me/base", "--image_encoder", "me/image", "--image_text_encoder", "me/text"]
+        command = [
+            sys.executable,
+            ROOT / "examples" / "evaluate.py",
+            "paper",
+            "--output_dir",
+            out,
+            "--instance_data_dir",
+            images,
+            "--judge",
+            "none",
+        ]
+        command += [
+            "--pretrained_model_name_or_path",
+            "me/base",
+            "--image_encoder",
+            "me/image",
+            "--image_text_encoder",
+            "me/text",
+        ]
         environment = guarded_environment(tmp_path, hub.url)
-        result = subprocess.run([*command, "--paper_prompts", prompts], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run(
+            [*command, "--paper_prompts", prompts], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert len(list((out / "evaluation").glob("*.png"))) == 9 and len(json.loads((out / "paper.json").read_text())["figures"]["DINO-D"]) == 4
+    assert (
+        len(list((out / "evaluation").glob("*.png"))) == 9
+        and len(json.loads((out / "paper.json").read_text())["figures"]["DINO-D"]) == 4
+    )
     assert "torchvision" not in sys.modules and (tmp_path / "network.log").read_text() == ""
 
 
@@ -354,11 +445,19 @@ def test_pictures_are_pooled_by_every_kind_of_encoder(encoders, tmp_path):
 
 
 def test_share_of_the_way_is_one_at_pictures_of_the_concept():
-    """A verdict on a scale that is not what its words say; chance in four images would make every teacher look worse than it is."""
+    """A verdict on a scale that is not what its words say; chance in four images would make every teacher look worse
+    than it is."""
     rng = np.random.default_rng(0)
     before, concept = rng.normal(size=(3, 2, 50)), np.eye(50)[0]
-    share = lambda after, spread, count=4: instruments.share_of_way(before, after, concept + spread * rng.normal(size=(count, 50)))  # noqa: E731
-    assert np.allclose(share(before, 0), 0) and np.allclose(share(before + concept, 0), 1) and np.allclose(share(before - concept / 2, 0), -0.5)
+
+    def share(after, spread, count=4):
+        return instruments.share_of_way(before, after, concept + spread * rng.normal(size=(count, 50)))
+
+    assert (
+        np.allclose(share(before, 0), 0)
+        and np.allclose(share(before + concept, 0), 1)
+        and np.allclose(share(before - concept / 2, 0), -0.5)
+    )
     assert np.allclose(share(before + np.eye(50)[1], 0), 0) and np.allclose(share(before + concept, 0, count=1), 1)
     assert abs(np.mean([share(before + concept, 0.1) for _ in range(300)]) - 1) < 0.1
 
@@ -368,15 +467,24 @@ def test_pictures_of_the_concept_are_near_and_a_copy_counts_no_more():
     rng = np.random.default_rng(0)
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     concept = np.eye(40)[0] * 2
-    images, fresh, base = unit(concept + rng.normal(size=(4, 40)) / 3), unit(concept + rng.normal(size=(8, 200, 40)) / 3), unit(rng.normal(size=(8, 200, 40)))
-    assert 0.5 < instruments.near(base, fresh, images).mean() and instruments.near(base, unit(rng.normal(size=base.shape)), images).mean() < 0.01
+    images = unit(concept + rng.normal(size=(4, 40)) / 3)
+    fresh = unit(concept + rng.normal(size=(8, 200, 40)) / 3)
+    base = unit(rng.normal(size=(8, 200, 40)))
+    assert (
+        0.5 < instruments.near(base, fresh, images).mean()
+        and instruments.near(base, unit(rng.normal(size=base.shape)), images).mean() < 0.01
+    )
     copies = np.repeat(images[np.arange(8) % 4][:, None], 200, axis=1)
     assert np.isclose(instruments.membership(copies, images).mean(), 0.75)
-    assert instruments.near(base, base, images[:1]).mean() == 0 and instruments.near(base[:1], images[:1, None], images[:1]).mean() == 1
+    assert (
+        instruments.near(base, base, images[:1]).mean() == 0
+        and instruments.near(base[:1], images[:1, None], images[:1]).mean() == 1
+    )
 
 
 def test_scattered_images_are_no_invitation():
-    """The images of a style have so little in common that the base's own pictures are as near to them: nothing is learned by that."""
+    """The images of a style have so little in common that the base's own pictures are as near to them: nothing is
+    learned by that."""
     rng = np.random.default_rng(0)
     images, base = rng.normal(size=(4, 40)) + np.eye(40)[0], rng.normal(size=(8, 4, 40))
     assert instruments.near(base, base, images).mean() == 0
@@ -386,7 +494,9 @@ def test_interval_narrows_with_prompts_and_holds_its_value():
     """Four prompts would look as sure as forty."""
     rng = np.random.default_rng(0)
     few, many = (instruments.interval(np.mean, rng.normal(size=(n, 4))) for n in (4, 400))
-    assert all(low <= value <= high for value, low, high in (few, many)) and many[2] - many[1] < 0.3 * (few[2] - few[1])
+    assert all(low <= value <= high for value, low, high in (few, many)) and many[2] - many[1] < 0.3 * (
+        few[2] - few[1]
+    )
 
 
 def test_prompt_that_is_not_followed_is_not_told_apart():
@@ -404,13 +514,21 @@ def test_prompt_that_is_not_followed_is_not_told_apart():
 def test_verdict_on_teachers(shares, student, words):
     """Hours of training with a teacher that cannot draw the concept, or with flags that the training does not have."""
     ways = {
-        name: {"near": [share, share - 0.05, share + 0.05], "flags": f"--{name}", "trainable": name == "a", "tokens": []}
+        name: {
+            "near": [share, share - 0.05, share + 0.05],
+            "flags": f"--{name}",
+            "trainable": name == "a",
+            "tokens": [],
+        }
         for name, share in zip("ab", shares)
     }
     best, verdict = instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})
     assert words in verdict and best == "a" and "Outlying" not in verdict
     ways["b"]["tokens"] = [{"layer": -2, "image": 60.0, "text": 3.0}]
-    assert "Outlying dimensions in the image tokens (b)" in instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})[1]
+    assert (
+        "Outlying dimensions in the image tokens (b)"
+        in instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})[1]
+    )
 
 
 @pytest.mark.parametrize(("answer", "level"), [
@@ -419,7 +537,7 @@ def test_verdict_on_teachers(shares, student, words):
     ("", None), ("I cannot tell", None), ("samey", None), ("different, not the same", None),
 ])  # fmt: skip
 def test_judges_answers_are_read_with_care(answer, level):
-    """"Not the same" counted as the same turns the worst model into the best."""
+    """ "Not the same" counted as the same turns the worst model into the best."""
     assert instruments.level_of(answer) == level
 
 
@@ -440,7 +558,9 @@ def test_documented_commands_have_real_flags():
     """A stranger pastes them."""
     commands = re.findall(r"evaluate\.py (\w+) (.*)", instruments.__doc__.replace("\\\n", " "))
     for command, words in commands:
-        args = instruments.parse_args([command, "--pretrained_model_name_or_path", "x", *re.findall(r'"[^"]+"|\S+', words)])
+        args = instruments.parse_args(
+            [command, "--pretrained_model_name_or_path", "x", *re.findall(r'"[^"]+"|\S+', words)]
+        )
         assert args.command == command
     assert len(commands) == 3
 
@@ -448,17 +568,26 @@ def test_documented_commands_have_real_flags():
 @pytest.mark.parametrize("name", MAIN)
 def test_miniatures_encoder_sees_what_makes_up_a_concept(name):
     """Its verdicts, and their calibration, would be those of a blind man."""
-    concept, look = CONCEPTS[name], instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
-    rng, any_of = np.random.default_rng(0), {"shape": world.SHAPES, "colour": list(world.COLOURS), "pattern": world.PATTERNS}
+    concept = CONCEPTS[name]
+    look = instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
+    rng = np.random.default_rng(0)
+    any_of = {"shape": world.SHAPES, "colour": list(world.COLOURS), "pattern": world.PATTERNS}
 
     def plain(scenes):
-        return [dataclasses.replace(s, style="plain", **({n: rng.choice(v) for n, v in any_of.items()} if concept.shape else {})) for s in scenes]
+        return [
+            dataclasses.replace(
+                s, style="plain", **({n: rng.choice(v) for n, v in any_of.items()} if concept.shape else {})
+            )
+            for s in scenes
+        ]
 
     def draw(scenes, seed=0):
         return look.images([Image.fromarray(world.render(scene, 900 + seed + i)) for i, scene in enumerate(scenes)])
 
     training, scenes = training_scenes(concept), held_out_scenes(concept)
-    differences = look.images(training_pictures(concept)) - np.mean([draw(plain(training), 100 * k) for k in range(4)], axis=0)
+    differences = look.images(training_pictures(concept)) - np.mean(
+        [draw(plain(training), 100 * k) for k in range(4)], axis=0
+    )
     before = draw(plain(scenes))
     assert 0.8 < instruments.share_of_way(before, draw(scenes), differences).mean() < 1.3
     assert abs(instruments.share_of_way(before, draw(plain(scenes), 50), differences).mean()) < 0.2

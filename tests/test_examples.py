@@ -25,8 +25,18 @@ def sft(base, images, tmp_path):
     """Runs the baseline for some flags and returns its output folder."""
 
     def run(name, *switches, **changes):
-        values = {"pretrained_model_name_or_path": base, "instance_data_dir": images, "resolution": 32, "max_train_steps": 2}
-        values |= {"learning_rate": 1e-2, "mixed_precision": "no", **({} if "--full" in switches else {"rank": 4}), **changes}
+        values = {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": images,
+            "resolution": 32,
+            "max_train_steps": 2,
+        }
+        values |= {
+            "learning_rate": 1e-2,
+            "mixed_precision": "no",
+            **({} if "--full" in switches else {"rank": 4}),
+            **changes,
+        }
         words = [word for flag, value in values.items() for word in (f"--{flag}", str(value))]
         AcceleratorState._reset_state(True)
         train_sft.main(train_sft.parse_args([*words, *switches, "--output_dir", str(tmp_path / name)]))
@@ -79,13 +89,20 @@ def test_split_batch_trains_as_the_whole(sft):
 def test_means_of_saving_memory_are_honoured(sft, monkeypatch):
     """They change memory and time alone, so only what is called shows that they work."""
     seen, quantised, checkpoint = [], [], dopsd.checkpoint
-    monkeypatch.setattr(dopsd, "checkpoint", lambda block, *rest, **kwargs: seen.append(block) or checkpoint(block, *rest, **kwargs))
+    monkeypatch.setattr(
+        dopsd, "checkpoint", lambda block, *rest, **kwargs: seen.append(block) or checkpoint(block, *rest, **kwargs)
+    )
     place = dopsd.place_for_training
     monkeypatch.setattr(
         dopsd, "place_for_training", lambda pipeline, *rest: quantised.append(pipeline.transformer.config.get("quantization_config"))
         or place(pipeline, *rest)
     )  # fmt: skip
-    changes = {"mixed_precision": "bf16", "quantization": "int8", "encoder_quantization": "int8", "attention_backend": "_native_math"}
+    changes = {
+        "mixed_precision": "bf16",
+        "quantization": "int8",
+        "encoder_quantization": "int8",
+        "attention_backend": "_native_math",
+    }
     folder = sft("out", "--gradient_checkpointing", checkpointed_blocks=0.5, max_train_steps=1, **changes)
     AttentionBackend.set_active_backend(AttentionBackendName.NATIVE)
     assert len(set(seen)) == 2 and quantised[0]  # of four blocks
@@ -95,8 +112,17 @@ def test_means_of_saving_memory_are_honoured(sft, monkeypatch):
 def test_mistake_ends_in_one_line(tmp_path, subprocess_env, base):
     """As in the training scripts: found before weights load, without a traceback."""
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, ROOT / "examples" / "train_sft.py", "--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "out"]
-    result = subprocess.run([*command, "--instance_data_dir", tmp_path / "empty"], env=subprocess_env, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "examples" / "train_sft.py",
+        "--pretrained_model_name_or_path",
+        base,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    result = subprocess.run(
+        [*command, "--instance_data_dir", tmp_path / "empty"], env=subprocess_env, capture_output=True, text=True
+    )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and str(tmp_path / "empty") in last

@@ -1,4 +1,5 @@
-"""What every family must do, in the words of its own class: a new row of the table in families.py is asked all of it."""
+"""What every family must do, in the words of its own class: a new row of the table in families.py is asked all of
+it."""
 
 import argparse
 import functools
@@ -44,15 +45,17 @@ def test_family_is_known_by_the_base(family, base, tmp_path):
 @pytest.mark.parametrize("said", [False, None], ids=["undistilled", "nothing"])
 @pytest.mark.families(*(name for name, family in FAMILIES.items() if family.knows_distilled))
 def test_undistilled_base_is_refused_before_weights_load(family, train_any, base, said, tmp_path, monkeypatch):
-    """It would learn from few-step pictures that are blurred to begin with, and its card would promise few steps. diffusers, too,
-    takes a base that says nothing for an undistilled one."""
+    """It would learn from few-step pictures that are blurred to begin with, and its card would promise few steps.
+    diffusers, too, takes a base that says nothing for an undistilled one."""
     monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     shutil.copytree(base, tmp_path / "undistilled")
     index = json.loads((base / "model_index.json").read_text()) | {"is_distilled": said}
     if said is None:
         del index["is_distilled"]
     (tmp_path / "undistilled" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"undistilled is not step-distilled.*Give .*{family.pipeline.distilled_bases[:20]}"):
+    with pytest.raises(
+        ValueError, match=f"undistilled is not step-distilled.*Give .*{family.pipeline.distilled_bases[:20]}"
+    ):
         train_any(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "undistilled")
 
 
@@ -62,14 +65,20 @@ def test_editing_needs_a_model_that_edits(family, flags, tmp_path, changes):
     """One error names the flag; otherwise a picture is asked of a transformer that takes none."""
     (flag,) = changes
     with pytest.raises(ValueError, match=f"--{flag}"):
-        script.resolve_arguments(family.pipeline, argparse.Namespace(**{**vars(script.parse_args(flags(tmp_path))), **changes}))
+        script.resolve_arguments(
+            family.pipeline, argparse.Namespace(**{**vars(script.parse_args(flags(tmp_path))), **changes})
+        )
 
 
 def test_revision_of_the_base_is_that_of_the_training(family, pipeline, flags, tmp_path, monkeypatch):
     """A base that changes on the Hub would be another one below the same LoRA."""
     config = repository_config(pipeline, "org/base", "v2", STEPS, "bfloat16")
     asked = []
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *args, **options: asked.append((args[-1], options["revision"])) or pipeline)
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "from_pretrained",
+        lambda *args, **options: asked.append((args[-1], options["revision"])) or pipeline,
+    )
     getattr(pipeline_dopsd, config.pop("_class_name")[1])(**config)
     assert asked == [("org/base", "v2")]
     args = script.parse_args(flags(tmp_path, pretrained_model_name_or_path="org/base", revision="v2"))
@@ -88,7 +97,8 @@ def test_sample_is_the_stock_call(family, pipeline, stock):
 
 
 def test_call_is_few_steps_without_guidance(family, pipeline, stock):
-    """`pipe("a photo ..")` alone must be inference as it was trained; with guidance, pictures of distilled models burn."""
+    """`pipe("a photo ..")` alone must be inference as it was trained; with guidance, pictures of distilled models
+    burn."""
     calls = []
     pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     size = {"height": 32, "width": 32, "output_type": "np"}
@@ -172,7 +182,9 @@ def test_noise_is_the_stock_pipelines(family, pipeline, stock):
     ours = family.gives(pipeline, pipeline.initial_noise(32, 48, torch.Generator().manual_seed(3)))
     first = []
     stock.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: first.append(kwargs["hidden_states"] if kwargs.get("hidden_states") is not None else torch.stack(args[0])),
+        lambda module, args, kwargs: first.append(
+            kwargs["hidden_states"] if kwargs.get("hidden_states") is not None else torch.stack(args[0])
+        ),
         with_kwargs=True,
     )
     stock(prompt=PROMPTS[0], height=32, width=48, num_inference_steps=1, guidance_scale=family.guidance_scale, output_type="latent",
@@ -187,7 +199,12 @@ def test_default_layers_are_all_that_the_family_names(family, pipeline):
     assert len(targets) == len(set(targets)) == family.lora_layers
     assert all(isinstance(pipeline.transformer.get_submodule(name), torch.nn.Linear) for name in targets)
     # of a block with a layer that trains, all matrices of attention and feed-forward do
-    parts = {name.rsplit(kind, 1)[0] + kind for name in targets for kind in (".attn", ".attention", ".ff", ".feed_forward", ".ff_context") if kind in name}
+    parts = {
+        name.rsplit(kind, 1)[0] + kind
+        for name in targets
+        for kind in (".attn", ".attention", ".ff", ".feed_forward", ".ff_context")
+        if kind in name
+    }
     linears = [name for name, module in pipeline.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     assert {name for name in linears if any(name.startswith(f"{part}.") for part in parts)} <= set(targets)
 
@@ -211,9 +228,12 @@ def picture(pipe, noise, **kwargs):
 
 
 def test_revision_of_the_lora_is_passed_on(family, trained, monkeypatch):
-    """from_pretrained's own does not reach it: who asks for an earlier checkpoint would be given the newest without a word."""
+    """from_pretrained's own does not reach it: who asks for an earlier checkpoint would be given the newest without a
+    word."""
     seen = []
-    monkeypatch.setattr(family.stock, "load_lora_weights", lambda self, source, **kwargs: seen.append(kwargs["revision"]))
+    monkeypatch.setattr(
+        family.stock, "load_lora_weights", lambda self, source, **kwargs: seen.append(kwargs["revision"])
+    )
     for given in ({}, {"lora_revision": "abc"}):
         DiffusionPipeline.from_pretrained(trained, trust_remote_code=True, **given)
     assert seen == [None, "abc"]
@@ -228,7 +248,11 @@ def test_lora_loads_in_all_ways(family, trained, drawn, base, pipeline):
     b = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
     c = DiffusionPipeline.from_pretrained(base)
     c.load_lora_weights(trained)
-    assert type(c) is family.stock and type(a).__name__ == family.pipeline.__name__ and b.config.num_inference_steps == STEPS
+    assert (
+        type(c) is family.stock
+        and type(a).__name__ == family.pipeline.__name__
+        and b.config.num_inference_steps == STEPS
+    )
     noise = family.takes(pipeline, pipeline.initial_noise(32, 32, torch.Generator().manual_seed(0)))
     few = {"num_inference_steps": STEPS, "guidance_scale": family.guidance_scale}
     pictures = [picture(a, noise, num_inference_steps=STEPS), picture(b, noise), picture(c, noise, **few)]
@@ -237,7 +261,8 @@ def test_lora_loads_in_all_ways(family, trained, drawn, base, pipeline):
 
 
 def test_fused_pipeline_is_saved_as_a_plain_one(family, trained, drawn, pipeline, tmp_path):
-    """One folder for programs that know neither LoRAs nor remote code; one that forgot that it is distilled would be guided."""
+    """One folder for programs that know neither LoRAs nor remote code; one that forgot that it is distilled would be
+    guided."""
     pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -259,7 +284,14 @@ def test_card_says_how_the_family_is_used(family, trained):
 # -------------------------------------------------------------------------------------------------------- other runs
 def test_baseline_trains(train, tmp_path):
     """Without SFT beside it, nobody sees what D-OPSD keeps."""
-    dropped = ("vlm_model_name_or_path", "context_cache_dir", "ema_decay", "validation_steps", "report_to", "prior_prompts")
+    dropped = (
+        "vlm_model_name_or_path",
+        "context_cache_dir",
+        "ema_decay",
+        "validation_steps",
+        "report_to",
+        "prior_prompts",
+    )
     flags = train.flags(tmp_path / "out", max_train_steps=2, learning_rate=0.1, **dict.fromkeys(dropped))
     train_sft.main(train_sft.parse_args([*flags, "--class_prompt", "a disc", "--num_class_images", "1"]))
     weights = load_file(tmp_path / "out" / LORA)
@@ -269,10 +301,13 @@ def test_baseline_trains(train, tmp_path):
 @pytest.mark.parametrize("switches", [[], ["--stochastic_rounding"]], ids=["fp32", "bf16"])
 def test_full_fine_tuning_leaves_a_pipeline(family, base, train_full, uncompiled, tmp_path, switches):
     """The result of the full script is the base's layout, for plain diffusers and for this project's class."""
-    train_full(tmp_path, *switches, learning_rate=1e-2, max_train_steps=2, mixed_precision="bf16" if switches else "no")
+    train_full(
+        tmp_path, *switches, learning_rate=1e-2, max_train_steps=2, mixed_precision="bf16" if switches else "no"
+    )
     tuned = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(tuned) is family.stock and tuned.config.get("is_distilled", True)
-    ours, before = family.pipeline.from_pretrained(tmp_path).transformer, DiffusionPipeline.from_pretrained(base).transformer
+    ours = family.pipeline.from_pretrained(tmp_path).transformer
+    before = DiffusionPipeline.from_pretrained(base).transformer
     weights = tuned.transformer.state_dict()
     assert all(torch.equal(w, weights[n]) for n, w in ours.state_dict().items())
     changed = [n for n, w in before.state_dict().items() if not torch.equal(w, weights[n])]

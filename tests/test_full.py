@@ -87,8 +87,8 @@ def test_frozen_and_live_teachers_hold_no_average(make_teacher):
 
 
 def test_average_on_the_cpu_is_refreshed_at_the_stated_interval(make_teacher):
-    """A copy that is never refreshed is a frozen teacher; one refreshed in every step costs a transfer of all weights. At a
-    checkpoint, the steps since the last refresh count for what they are."""
+    """A copy that is never refreshed is a frozen teacher; one refreshed in every step costs a transfer of all weights.
+    At a checkpoint, the steps since the last refresh count for what they are."""
     teacher = make_teacher(ema_decay=0.5, ema_device="cpu", ema_refresh_steps=3)
     name, parameter = next(iter(teacher.student.named_parameters()))
     start, seen = parameter.detach().clone(), []
@@ -113,8 +113,8 @@ def test_average_has_compiled_blocks_of_its_own(make_teacher):
 
 
 def test_flags_that_fsdp_would_undo_are_refused(train_full, tmp_path, monkeypatch):
-    """FSDP holds trained weights in fp32, which nothing rounds at random; and optimisers that know no shards fail at the first
-    update, after hours of encoding."""
+    """FSDP holds trained weights in fp32, which nothing rounds at random; and optimisers that know no shards fail at
+    the first update, after hours of encoding."""
     accelerator = SimpleNamespace(num_processes=2, is_fsdp2=True, distributed_type="FSDP")
     args = script.parse_args(train_full.flags(tmp_path, "--stochastic_rounding", mixed_precision="bf16"))
     with pytest.raises(ValueError, match="--stochastic_rounding does not go with FSDP"):
@@ -122,7 +122,9 @@ def test_flags_that_fsdp_would_undo_are_refused(train_full, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "prodigyopt", SimpleNamespace(__spec__=True))
     for name in ("adafactor", "prodigy"):
         args = script.parse_args(train_full.flags(tmp_path, optimizer=name, learning_rate=1.0))
-        with pytest.raises(ValueError, match=f"--optimizer {name} cannot be sharded by FSDP; use --optimizer adamw8bit"):
+        with pytest.raises(
+            ValueError, match=f"--optimizer {name} cannot be sharded by FSDP; use --optimizer adamw8bit"
+        ):
             script.check_full_inputs(args, accelerator)
 
 
@@ -145,22 +147,33 @@ def accelerate_environment(name):
 
 
 def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch):
-    """Student, teacher and optimiser in shards, interrupted and resumed with another number of processes: the weights of one
-    process with the whole batch."""
+    """Student, teacher and optimiser in shards, interrupted and resumed with another number of processes: the weights
+    of one process with the whole batch."""
     changes = {"adam_epsilon": 1e-3, "validation_steps": 2, "num_validation_images": 1, "max_grad_norm": 1e-2}
     with monkeypatch.context() as patch:  # with FSDP, the images of all processes end at the same state
         patch.setattr(script, "places_in_run", lambda step, *_: [step] * 2)
         one = train_full(tmp_path / "one", max_train_steps=4, train_batch_size=2, **changes)
     for steps, processes in ((2, 2), (3, 1), (4, 2)):
-        flags = {"max_train_steps": steps, "train_batch_size": 2 // processes, "resume_from_checkpoint": "latest", **changes}
-        command = [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *train_full.flags(tmp_path / "two", **flags)]
+        flags = {
+            "max_train_steps": steps,
+            "train_batch_size": 2 // processes,
+            "resume_from_checkpoint": "latest",
+            **changes,
+        }
+        command = [
+            str(ROOT / "tests" / "fsdp_on_cpu.py"),
+            script.__file__,
+            *train_full.flags(tmp_path / "two", **flags),
+        ]
         run_processes(command, tmp_path, processes, **accelerate_environment("fsdp2.yaml"))
     two, ours = tmp_path / "two", weights_of(one)
     assert (two / "transformer" / "config.json").read_text() == (one / "transformer" / "config.json").read_text()
     assert max((weight - ours[n]).abs().max() for n, weight in joined_shards(two / "checkpoint-3").items()) > 1e-4
     for theirs in (weights_of(two), joined_shards(two / "checkpoint-4")):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    torch.testing.assert_close(joined_shards(two / "checkpoint-4", "teacher"), weights_of(one / "checkpoint-4", "teacher"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        joined_shards(two / "checkpoint-4", "teacher"), weights_of(one / "checkpoint-4", "teacher"), rtol=0, atol=1e-5
+    )
     with pytest.raises(ValueError, match="shards of the weights"):  # a run without FSDP reads none
         train_full(tmp_path / "two", max_train_steps=5, train_batch_size=2, resume_from_checkpoint="latest", **changes)
 
@@ -170,25 +183,44 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path):
     save_z_image(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
     changes = {"optimizer": "adamw8bit", "rollout_steps": 1, "pretrained_model_name_or_path": tmp_path / "base"}
     for folder in ("whole", "part"):
-        flags = train_full.flags(tmp_path / folder, max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest", **changes)
-        run_processes([str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags], tmp_path, **accelerate_environment("fsdp2.yaml"))
+        flags = train_full.flags(
+            tmp_path / folder, max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest", **changes
+        )
+        run_processes(
+            [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags],
+            tmp_path,
+            **accelerate_environment("fsdp2.yaml"),
+        )
         if folder == "whole":
             shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
-    whole, part, before = weights_of(tmp_path / "whole"), weights_of(tmp_path / "part"), joined_shards(tmp_path / "part" / "checkpoint-2")
+    whole = weights_of(tmp_path / "whole")
+    part = weights_of(tmp_path / "part")
+    before = joined_shards(tmp_path / "part" / "checkpoint-2")
     assert all(torch.equal(w, whole[n]) for n, w in part.items())
     assert max((w - before[n]).abs().max() for n, w in part.items()) > 1e-4
     shards = (tmp_path / "whole" / "checkpoint-3").glob("optimizer-*.bin")
-    assert 0 < sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "transformer" / WEIGHTS).stat().st_size
+    assert (
+        0 < sum(p.stat().st_size for p in shards) < 1.5 * (tmp_path / "whole" / "transformer" / WEIGHTS).stat().st_size
+    )
 
 
-@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}], ids=["one", "ddp", "fsdp"])
-@pytest.mark.parametrize("given", ["", "--mixed_precision bf16", "--mixed_precision fp16 --use_8bit_adam", "--gradient_accumulation_steps 2"])
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}],
+    ids=["one", "ddp", "fsdp"],
+)
+@pytest.mark.parametrize(
+    "given",
+    ["", "--mixed_precision bf16", "--mixed_precision fp16 --use_8bit_adam", "--gradient_accumulation_steps 2"],
+)
 def test_advice_after_running_out_of_memory_is_accepted(environment, given, monkeypatch):
     """Each try costs minutes; a flag that the script refuses costs them for nothing."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     several, sharded = "WORLD_SIZE" in environment, "ACCELERATE_USE_FSDP" in environment
-    accelerator = SimpleNamespace(is_fsdp2=sharded, num_processes=1 + several, distributed_type="FSDP" if sharded else "NO")
+    accelerator = SimpleNamespace(
+        is_fsdp2=sharded, num_processes=1 + several, distributed_type="FSDP" if sharded else "NO"
+    )
     monkeypatch.setattr(script, "check_packages", lambda *_: None)
     advice = script.full_savings(memory.parse(given))
     for flag in advice:
@@ -207,7 +239,8 @@ def one_process_group(tmp_path):
 
 @torch.no_grad()
 def test_average_reaches_every_unit_of_fsdp(one_process_group):
-    """accelerate keeps a model's last norm gathered after a forward: that of klein's teacher would stay the base's for ever."""
+    """accelerate keeps a model's last norm gathered after a forward: that of klein's teacher would stay the base's for
+    ever."""
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
     fully_shard(module[1], mesh=mesh, reshard_after_forward=False)
@@ -242,7 +275,8 @@ MODES = {
 def test_resume_is_exact_in_every_mode(train_full, uncompiled, tmp_path, mode):
     """Ages of the average, factored or 8-bit states and random rounding must all go on where they stopped."""
     switches, changes = MODES[mode]
-    whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4)  # without a checkpoint where the other stops
+    # without a checkpoint where the other stops
+    whole = train_full(tmp_path / "whole", *switches, **changes, max_train_steps=4)
     part = train_full(tmp_path / "part", *switches, **changes, max_train_steps=3)
     train_full(part, *switches, **changes, max_train_steps=4, resume_from_checkpoint="latest")
     ours, theirs, before = weights_of(part), weights_of(whole), weights_of(part / "checkpoint-3")
@@ -260,8 +294,8 @@ def test_fused_run_does_not_complain_of_missing_gradients(train_full, tmp_path, 
 
 
 def test_stochastic_rounding_keeps_small_updates():
-    """Plain bf16 weights do not move at the learning rates of fine-tuning: training would change almost nothing. On the CPU, a
-    first step that compiles would look as if it hung."""
+    """Plain bf16 weights do not move at the learning rates of fine-tuning: training would change almost nothing. On
+    the CPU, a first step that compiles would look as if it hung."""
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
     start, rate, steps = torch.full((4096,), 0.5), 1e-5, 100
@@ -283,7 +317,15 @@ def test_learning_rate_of_torchao_is_logged_as_it_was(train_full, tmp_path, monk
     """It is a tensor that the next step changes: steps that are logged together would show the last one's."""
     rates = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, **kwargs: rates.append(values.get("lr")))
-    train_full(tmp_path, "--stochastic_rounding", mixed_precision="bf16", max_train_steps=3, lr_scheduler="linear", report_to="tensorboard", learning_rate=1e-3)
+    train_full(
+        tmp_path,
+        "--stochastic_rounding",
+        mixed_precision="bf16",
+        max_train_steps=3,
+        lr_scheduler="linear",
+        report_to="tensorboard",
+        learning_rate=1e-3,
+    )
     assert [round(rate, 6) for rate in rates if rate is not None] == [0.000667, 0.000333, 0.0]
 
 
@@ -318,7 +360,9 @@ def test_update_during_the_backward_equals_the_ordinary_one(base, student, train
     """The memory of a gradient buffer is saved, and nothing else changes."""
     batch, results = (*student.batch(2), [[1], [3]]), []
     for switches in ([], ["--fused_backward_pass"]):
-        flags = train_full.flags(tmp_path, *switches, rollout_steps=4, max_grad_norm=0, adam_epsilon=1e-3, learning_rate=1e-2)
+        flags = train_full.flags(
+            tmp_path, *switches, rollout_steps=4, max_grad_norm=0, adam_epsilon=1e-3, learning_rate=1e-2
+        )
         results.append(losses_and_weights(DOPSDZImagePipeline.from_pretrained(base), script.parse_args(flags), batch))
     (losses, ordinary, held), (fused_losses, fused_weights, fused_held) = results
     torch.testing.assert_close(fused_losses, losses)
@@ -377,7 +421,9 @@ def flatten(value):
 # -------------------------------------------------------------------------------------------------------------- output
 @pytest.fixture(scope="module")
 def trained(train_full, tmp_path_factory):
-    return train_full(tmp_path_factory.mktemp("trained"), validation_steps=2, num_validation_images=1, learning_rate=1e-3)
+    return train_full(
+        tmp_path_factory.mktemp("trained"), validation_steps=2, num_validation_images=1, learning_rate=1e-3
+    )
 
 
 def test_output_is_a_pipeline_that_loads_in_every_way(trained, base):
@@ -400,7 +446,14 @@ def test_output_is_a_pipeline_that_loads_in_every_way(trained, base):
 
 def test_output_holds_the_result_alone(trained):
     """The teacher is thrown away; users download what they need."""
-    names = {p.name for p in trained.iterdir()} - {"checkpoint-2", "validation", "samples", "logs", ".lock", ".lock_owner"}
+    names = {p.name for p in trained.iterdir()} - {
+        "checkpoint-2",
+        "validation",
+        "samples",
+        "logs",
+        ".lock",
+        ".lock_owner",
+    }
     assert names == {
         "transformer", "text_encoder", "tokenizer", "vae", "scheduler", "model_index.json", "pipeline.py",
         "pipeline_dopsd.py", "dopsd_settings.json", "README.md",
@@ -478,5 +531,12 @@ def test_fused_run_stops_before_a_broken_update(train_full, tmp_path, monkeypatc
 
     patch_velocity(monkeypatch, DOPSDZImagePipeline, broken)
     with pytest.raises(script.InputError, match="not finite"):
-        train_full(tmp_path, "--fused_backward_pass", rollout_steps=1, max_grad_norm=0, checkpointing_steps=1, max_train_steps=4)
+        train_full(
+            tmp_path,
+            "--fused_backward_pass",
+            rollout_steps=1,
+            max_grad_norm=0,
+            checkpointing_steps=1,
+            max_train_steps=4,
+        )
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -1,4 +1,5 @@
-"""From training to other people's hands: the unchanged scripts, diffusers and huggingface_hub in new processes, over HTTP."""
+"""From training to other people's hands: the unchanged scripts, diffusers and huggingface_hub in new processes, over
+HTTP."""
 
 import json
 import os
@@ -53,7 +54,9 @@ def pushed(hub, flags, tmp_path_factory):
     command = [sys.executable, ROOT / "train_dopsd_lora.py", *flags("out", *switches, **changes)]
     result = run(command, folder, **guarded_environment(folder, hub.url), HF_TOKEN=SECRET + "\n")
     assert result.returncode == 0, result.stderr[-3000:]
-    return SimpleNamespace(folder=folder, out=folder / "out", log=result.stdout + result.stderr, files=hub.files("me/my-lora"))
+    return SimpleNamespace(
+        folder=folder, out=folder / "out", log=result.stdout + result.stderr, files=hub.files("me/my-lora")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,11 @@ def not_pushed(hub, flags, tmp_path_factory):
     """A run of the full script without network, whose push fails."""
     folder = tmp_path_factory.mktemp("not_pushed")
     changes = {"rank": None, "learning_rate": 1e-3, "hub_model_id": "me/my-model", "max_train_steps": 1}
-    command = [sys.executable, ROOT / "train_dopsd_full.py", *flags("out", "--push_to_hub", context_cache_dir=None, **changes)]
+    command = [
+        sys.executable,
+        ROOT / "train_dopsd_full.py",
+        *flags("out", "--push_to_hub", context_cache_dir=None, **changes),
+    ]
     # nothing listens on port 9, and so it is refused, as by a firewall
     result = run(command, folder, HF_ENDPOINT="http://127.0.0.1:9", NETWORK_ALLOWED="127.0.0.1", HF_TOKEN=SECRET)
     return SimpleNamespace(folder=folder, out=folder / "out", result=result)
@@ -71,7 +78,8 @@ def test_repository_holds_the_result_alone(hub, pushed):
     """Checkpoints, logs, cached contexts of private pictures and the pictures themselves stay at home."""
     assert set(pushed.files) == LORA_FILES | PICTURES
     assert all((pushed.out / name).read_bytes() == content for name, content in pushed.files.items())
-    assert hub.messages("me/my-lora") == [f"LoRA trained with D-OPSD, step {step}" for step in (4, 8)]  # one commit each
+    # one commit each
+    assert hub.messages("me/my-lora") == [f"LoRA trained with D-OPSD, step {step}" for step in (4, 8)]
     assert hub.repos["me/my-lora"]["private"]
     assert {"checkpoint-8", "logs", "validation"} <= {p.name for p in pushed.out.iterdir()}
 
@@ -94,14 +102,17 @@ def test_token_and_paths_are_published_nowhere(pushed, not_pushed, pushed_later,
 
 def test_paths_that_are_gone_are_published_nowhere(flags, tmp_path):
     """A checkpoint that was pruned since would tell the user's name."""
-    args = script.parse_args(flags(tmp_path, resume_from_checkpoint="/home/somebody/run/checkpoint-4", learning_rate=0.5))
+    args = script.parse_args(
+        flags(tmp_path, resume_from_checkpoint="/home/somebody/run/checkpoint-4", learning_rate=0.5)
+    )
     assert script.public_settings(args)["resume_from_checkpoint"] == ".../checkpoint-4"
     assert "somebody" not in script.training_command(args)
 
 
 @pytest.mark.parametrize("words", [["--hub_token", SECRET], [f"--hub_token={SECRET}"], ["--hub_token"]])
 def test_token_on_the_command_line_is_refused(flags, tmp_path, capsys, words):
-    """It would be seen by others on the machine, in logs of a scheduler and in what `accelerate launch` prints of a failed run."""
+    """It would be seen by others on the machine, in logs of a scheduler and in what `accelerate launch` prints of a
+    failed run."""
     with pytest.raises(SystemExit):
         script.parse_args([*flags(tmp_path), *words])
     printed = "".join(capsys.readouterr())
@@ -124,13 +135,27 @@ def test_card_is_complete(pushed):
     assert data.base_model == "tiny/base" and data.pipeline_tag == "text-to-image" and data.library_name == "diffusers"
     assert (data.license, data.license_name, data.license_link) == ("other", "tiny-licence", "https://example.com")
     assert {"text-to-image", "lora", "diffusers", "template:sd-lora", "d-opsd"} <= set(data.tags)
-    assert [w["output"]["url"] for w in data.widget] == ["samples/0.png", "samples/1.png"] and data.widget[0]["text"] == PROMPT
-    for words in (f"{STEPS} steps, no guidance", f"rollouts of {STEPS} states, 1 of them trained", "The teacher", "## Limits", "0.05"):
+    assert [w["output"]["url"] for w in data.widget] == ["samples/0.png", "samples/1.png"] and data.widget[0][
+        "text"
+    ] == PROMPT
+    for words in (
+        f"{STEPS} steps, no guidance",
+        f"rollouts of {STEPS} states, 1 of them trained",
+        "The teacher",
+        "## Limits",
+        "0.05",
+    ):
         assert words in card.text
     command = shlex.split(re.search(r"```bash\n(.*?)\n```", card.text, re.DOTALL)[1])
     assert command[:3] == ["accelerate", "launch", "train_dopsd_lora.py"] and "--hub_token" not in command
     args = script.parse_args([*command[3:]])
-    assert (args.rank, args.lora_alpha, args.use_rslora, args.num_validation_images, args.ema_decay) == (4, 6, True, 2, 1.0)
+    assert (args.rank, args.lora_alpha, args.use_rslora, args.num_validation_images, args.ema_decay) == (
+        4,
+        6,
+        True,
+        2,
+        1.0,
+    )
 
 
 def test_gallery_shows_pictures_of_the_student(pushed):
@@ -220,12 +245,25 @@ def test_only_folders_of_components_are_downloaded(hub, base, flags, tmp_path):
     """Repositories of bases hold single-file checkpoints beside the folders, 7.75 GB on klein."""
     hub.upload("tiny/large", base)
     hub.files("tiny/large").update({"large.safetensors": b"0" * 1000, "examples/picture.png": b"0"})
-    changes = {"pretrained_model_name_or_path": "tiny/large", "max_train_steps": 1, "rank": None, "learning_rate": 1e-3}
+    changes = {
+        "pretrained_model_name_or_path": "tiny/large",
+        "max_train_steps": 1,
+        "rank": None,
+        "learning_rate": 1e-3,
+    }
     command = [sys.executable, ROOT / "train_dopsd_full.py", *flags("out", **changes)]
     result = run(command, tmp_path, **guarded_environment(tmp_path, hub.url))
     assert result.returncode == 0, result.stderr[-3000:]
-    fetched = {p.relative_to(p.parents[i]).as_posix() for i in (0, 1) for p in (tmp_path / "home").rglob("snapshots/*" + "/*" * (i + 1)) if p.is_file()}
-    assert {"model_index.json", "vae/config.json"} <= fetched and not {"large.safetensors", "examples/picture.png"} & fetched
+    fetched = {
+        p.relative_to(p.parents[i]).as_posix()
+        for i in (0, 1)
+        for p in (tmp_path / "home").rglob("snapshots/*" + "/*" * (i + 1))
+        if p.is_file()
+    }
+    assert {"model_index.json", "vae/config.json"} <= fetched and not {
+        "large.safetensors",
+        "examples/picture.png",
+    } & fetched
     assert (tmp_path / "out" / "tokenizer").is_dir() and not (tmp_path / "out" / "large.safetensors").exists()
 
 
@@ -248,7 +286,8 @@ def test_code_of_the_card_runs_as_pasted(loaded, pushed):
 
 
 def test_errors_name_what_to_do(loaded):
-    """Without trust_remote_code, and with another base of the same shape, which would give poor pictures without an error."""
+    """Without trust_remote_code, and with another base of the same shape, which would give poor pictures without an
+    error."""
     assert "trust_remote_code=True" in loaded.errors["a"] and "trust_remote_code=True" in loaded.errors["b"]
     assert "tiny/base" in loaded.errors["other"] and "tiny/other" in loaded.errors["other"]
 
@@ -260,7 +299,9 @@ def test_failed_push_ends_with_one_message_and_all_saved(not_pushed):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: The result is saved in out, but was not pushed (ConnectError: ")
-    assert {"transformer", "README.md", "model_index.json", "checkpoint-1"} <= {p.name for p in not_pushed.out.iterdir()}
+    assert {"transformer", "README.md", "model_index.json", "checkpoint-1"} <= {
+        p.name for p in not_pushed.out.iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +347,8 @@ print(json.dumps(results))
 
 
 def test_failures_of_the_hub_end_in_time(hub, pushed, flags, tmp_path):
-    """401, 403, 409, 500, a stall, a token revoked midway, a busy Hub: a client that waits for ever holds the machine for ever."""
+    """401, 403, 409, 500, a stall, a token revoked midway, a busy Hub: a client that waits for ever holds the machine
+    for ever."""
     hub.create("me/public")
     failures = {
         "create-fails-401": "401 [A-Z]", "create-fails-403": "403 [A-Z]", "create-fails-500": "500 [A-Z]", "create-fails-409": "busy",
@@ -329,7 +371,9 @@ def test_failures_of_the_hub_end_in_time(hub, pushed, flags, tmp_path):
     assert "me/public is public" in results.pop("private")[0] and not hub.messages("me/public")
     for name, (message, seconds) in results.items():
         reason, _, command = message.partition("Log in and push it with: ")
-        assert reason.startswith("The result is saved in out, but was not pushed (") and re.search(failures[name], reason)
+        assert reason.startswith("The result is saved in out, but was not pushed (") and re.search(
+            failures[name], reason
+        )
         assert command == f"hf upload {name} out . --include=README.md '--include=*.safetensors'"
         assert seconds < 10  # at 2 seconds for each answer
     assert SECRET not in result.stdout + result.stderr
@@ -342,7 +386,9 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         with pytest.raises(SystemExit):
             script.parse_args(flags(tmp_path, *switches, **changes))
         assert "--hub_" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"):  # a folder, which others lack
+    with pytest.raises(
+        script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"
+    ):  # a folder, which others lack
         script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
     with pytest.raises(ValueError, match="^--hub_model_id.*bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))

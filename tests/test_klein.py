@@ -35,7 +35,9 @@ def train(flags, tmp_path_factory):
     return Trainer(script, command, LORA, "student")
 
 
-RED, BLUE, WIDE = draw("rectangle", "red", (64, 64)), draw("ellipse", "blue", (64, 64)), draw("ellipse", "green", (100, 67))
+RED = draw("rectangle", "red", (64, 64))
+BLUE = draw("ellipse", "blue", (64, 64))
+WIDE = draw("ellipse", "green", (100, 67))
 
 
 def test_student_contexts_are_the_stock_pipelines(pipeline, stock):
@@ -90,11 +92,14 @@ def test_padding_of_the_vlm_context_is_that_of_the_text_encoder(pipeline, vlm):
 
 
 def test_positions_go_on_through_the_padding_of_the_vlm_context(pipeline, vlm, monkeypatch):
-    """The text encoder's padding has positions of its own; with an image, the VLM would give position 0 to all of it."""
+    """The text encoder's padding has positions of its own; with an image, the VLM would give position 0 to all of
+    it."""
     pipeline.load_multimodal_encoder(str(vlm))
     encoder = pipeline.multimodal_encoder
     seen, rotary = [], encoder.model.language_model.rotary_emb
-    rotary.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["position_ids"] if kwargs else args[1]), with_kwargs=True)
+    rotary.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"] if kwargs else args[1]), with_kwargs=True
+    )
     (context,) = pipeline.encode_teacher(PROMPTS[:1], [RED])
     positions = seen[0][-3:, 0]
     real = encoder.context_length(PROMPTS[0], *RED.size[::-1], pipeline.chat_ending(pipeline.tokenizer))
@@ -139,7 +144,9 @@ def test_rollout_with_references_is_the_stock_pipelines_trajectory(pipeline, sto
 
 def test_grid_depends_on_the_resolution(pipeline):
     """The fixed grid of a scheduler without mu is not what inference runs (shift of the size of the image)."""
-    small, large = (pipeline.few_step_grid(4, torch.zeros(1, 16, side // 16, side // 16)) / 1000 for side in (512, 1024))
+    small, large = (
+        pipeline.few_step_grid(4, torch.zeros(1, 16, side // 16, side // 16)) / 1000 for side in (512, 1024)
+    )
     torch.testing.assert_close(large, torch.tensor([1.0, 0.967, 0.908, 0.767]), rtol=0, atol=1e-3)
     torch.testing.assert_close(small, torch.tensor([1.0, 0.958, 0.884, 0.718]), rtol=0, atol=1e-3)
 
@@ -162,7 +169,8 @@ def trained(train, tmp_path_factory):
 
 def test_prompt_comes_first_and_pictures_by_name(pipeline, stock):
     """The stock call begins with the picture: `pipe("a photo ..")`, as all other models are called, would raise."""
-    size, seeds = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}, [torch.Generator().manual_seed(0) for _ in "ab"]
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    seeds = [torch.Generator().manual_seed(0) for _ in "ab"]
     ours = pipeline(PROMPTS[0], image=RED, **size, generator=seeds[0]).images
     assert (ours == stock(prompt=PROMPTS[0], image=RED, **size, guidance_scale=1.0, generator=seeds[1]).images).all()
 
@@ -176,7 +184,9 @@ def with_references(tmp_path):
     for i, fill in enumerate(["red", "blue", "green", "yellow"]):
         draw("rectangle", fill, (32, 32)).save(folder / f"target_{i}.png")
         draw("ellipse", fill, (64, 64) if i < 2 else (96, 64)).save(folder / f"reference_{i}.png")
-        rows.append({"file_name": f"target_{i}.png", "reference_file_name": f"reference_{i}.png", "text": f"a {fill} square"})
+        rows.append(
+            {"file_name": f"target_{i}.png", "reference_file_name": f"reference_{i}.png", "text": f"a {fill} square"}
+        )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -195,7 +205,11 @@ def test_every_teacher_trains(train, tmp_path, monkeypatch, teacher_context, tea
     monkeypatch.setattr(DOPSDFlux2KleinPipeline, "encode_teacher", recorded)
     logs = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append(values))
-    changes = {"teacher_context": teacher_context, "teacher_image": teacher_image, "context_cache_dir": tmp_path / "cache"}
+    changes = {
+        "teacher_context": teacher_context,
+        "teacher_image": teacher_image,
+        "context_cache_dir": tmp_path / "cache",
+    }
     if teacher_context == "edit":
         changes["teacher_prompt_suffix"] = ", as pictured"
     train(tmp_path / "out", **changes)
@@ -206,8 +220,8 @@ def test_every_teacher_trains(train, tmp_path, monkeypatch, teacher_context, tea
 
 
 def test_editing_gives_references_to_student_and_target_to_teacher(train, with_references, tmp_path, monkeypatch):
-    """A student without its references, or batches of several layouts, would train another task or fail; and so would a user whom
-    the card tells to give no picture."""
+    """A student without its references, or batches of several layouts, would train another task or fail; and so would
+    a user whom the card tells to give no picture."""
     seen, velocity = [], DOPSDFlux2KleinPipeline.velocity
 
     def recorded(self, transformer, latents, timestep, contexts):
@@ -226,14 +240,22 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train, with_r
     assert {c[0]["reference_0"] for c in seen} == {(8, 8), (8, 12)}
 
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.pipeline_tag == "image-to-image" and "image-to-image" in card.data.tags and "text-to-image" not in card.data.tags
+    assert (
+        card.data.pipeline_tag == "image-to-image"
+        and "image-to-image" in card.data.tags
+        and "text-to-image" not in card.data.tags
+    )
     assert "from text alone" not in card.text
     (code,) = re.findall(r"```py\n(.*?)```", card.text, re.DOTALL)
     WIDE.save(tmp_path / "reference.png")
     monkeypatch.chdir(tmp_path)
     seen.clear()
     given = []
-    monkeypatch.setattr(Flux2KleinPipeline, "__call__", lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[WIDE]))
+    monkeypatch.setattr(
+        Flux2KleinPipeline,
+        "__call__",
+        lambda self, image=None, **_: given.append(image) or SimpleNamespace(images=[WIDE]),
+    )
     exec(code, {})
     assert given[0].size == WIDE.size
 
@@ -244,7 +266,13 @@ def test_batches_share_the_size_of_what_the_teacher_sees(train, tmp_path):
     folder.mkdir()
     for name, size in {"a": (128, 128), "b": (128, 128), "c": (192, 96)}.items():
         draw("ellipse", "blue", size).save(folder / f"{name}.png")
-    changes = {"teacher_context": "edit", "teacher_image": "other", "train_batch_size": 2, "rollout_steps": 1, "resolution": 128}
+    changes = {
+        "teacher_context": "edit",
+        "teacher_image": "other",
+        "train_batch_size": 2,
+        "rollout_steps": 1,
+        "resolution": 128,
+    }
     train(
         tmp_path / "out", instance_data_dir=folder, instance_prompt="a disc", max_train_steps=3,
         context_cache_dir=tmp_path / "cache", **changes,
@@ -257,7 +285,14 @@ def test_cache_is_renewed_when_the_teacher_changes(train, tmp_path):
     cache = tmp_path / "cache"
     counts = []
     for changes in ({}, {"teacher_image": "other"}, {"teacher_context": "edit"}, {"teacher_prompt_suffix": "!"}, {}):
-        train(tmp_path / "out", "--overwrite_output_dir", context_cache_dir=cache, max_train_steps=1, rollout_steps=1, **changes)
+        train(
+            tmp_path / "out",
+            "--overwrite_output_dir",
+            context_cache_dir=cache,
+            max_train_steps=1,
+            rollout_steps=1,
+            **changes,
+        )
         counts.append(len(list(cache.glob("*.safetensors"))))
     assert counts == [4, 6, 10, 12, 12]  # the student's two are the same for all; with `edit`, the VAE is in their key
 
@@ -265,9 +300,21 @@ def test_cache_is_renewed_when_the_teacher_changes(train, tmp_path):
 @pytest.mark.parametrize(
     ("size", "changes", "words"),
     [
-        ((50, 80), {"reference_column": "reference"}, "Row 0: a reference in --reference_column reference: Image too small"),
-        ((640, 64), {"reference_column": "reference"}, "Row 0: a reference in --reference_column reference: Aspect ratio"),
-        ((64, 64), {"teacher_context": "edit", "resolution": 32}, "Row 0: its image as a reference, at --resolution 32: Image too small"),
+        (
+            (50, 80),
+            {"reference_column": "reference"},
+            "Row 0: a reference in --reference_column reference: Image too small",
+        ),
+        (
+            (640, 64),
+            {"reference_column": "reference"},
+            "Row 0: a reference in --reference_column reference: Aspect ratio",
+        ),
+        (
+            (64, 64),
+            {"teacher_context": "edit", "resolution": 32},
+            "Row 0: its image as a reference, at --resolution 32: Image too small",
+        ),
     ],
 )
 def test_reference_that_the_model_does_not_take(train, with_references, tmp_path, size, changes, words):

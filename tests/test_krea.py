@@ -35,7 +35,10 @@ def test_padding_changes_no_velocity(pipeline, stock, other):
     embeds, masks = stock.encode_prompt(PROMPTS[:1])
     with torch.no_grad():
         ours = pipeline.velocity(
-            pipeline.transformer, latents.repeat(1 + len(other), 1, 1, 1), time, pipeline.encode_student(PROMPTS[:1] + other)
+            pipeline.transformer,
+            latents.repeat(1 + len(other), 1, 1, 1),
+            time,
+            pipeline.encode_student(PROMPTS[:1] + other),
         )[:1]
         theirs = pipeline.transformer(
             pipeline._pack_latents(latents, *latents.shape), embeds, time[None] / 1000, pipeline.prepare_position_ids(512, 4, 6, "cpu"),
@@ -64,7 +67,8 @@ def test_image_tokens_stand_at_rows_and_columns(pipeline, encoder, monkeypatch):
     rotary.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     pipeline.encode_teacher([PROMPTS[1], PROMPTS[0]], [RED, TALL])
     ((_, long, short),) = (axes.unbind(1) for axes in [torch.cat([torch.zeros_like(seen[0][:, :1]), seen[0]], dim=1)])
-    # the chat's 34 tokens, <|vision_start|>, 2 x 2 or 4 x 2 patches merged two by two, <|vision_end|>, the prompt, 5 tokens
+    # the chat's 34 tokens, <|vision_start|>, 2 x 2 or 4 x 2 patches merged two by two, <|vision_end|>, the prompt, 5
+    # tokens
     assert long[:, 34:40].tolist() == [[34, 35, 35, 35, 35, 37], [34, 35, 35, 36, 36, 37], [34, 35, 36, 35, 36, 37]]
     assert short[:, 34:45].tolist() == [
         [34, *[35] * 8, 39, 40], [34, 35, 35, 36, 36, 37, 37, 38, 38, 39, 40], [34, *[35, 36] * 4, 39, 40]
@@ -80,7 +84,8 @@ def test_vision_part_is_that_of_the_text_encoder(pipeline, vlm, tmp_path):
 
 def test_training_reads_the_image_processor_alone(train, vlm, tmp_path):
     """As above, for a whole run; a changed processor makes other contexts."""
-    cache, run = tmp_path / "cache", {"max_train_steps": 1, "rollout_steps": 1, "context_cache_dir": tmp_path / "cache"}
+    cache = tmp_path / "cache"
+    run = {"max_train_steps": 1, "rollout_steps": 1, "context_cache_dir": tmp_path / "cache"}
     (tmp_path / "processor").mkdir()
     shutil.copy(vlm / "preprocessor_config.json", tmp_path / "processor")
     train(tmp_path / "one", vlm_model_name_or_path=tmp_path / "processor", **run)
@@ -103,7 +108,8 @@ def test_image_processor_of_another_kind_is_refused_before_weights_load(train, v
 
 
 def test_text_encoder_without_its_vision_part_is_an_error(base, vlm, tmp_path):
-    """Programs of text alone have no use for it; transformers would make up weights, and the teacher be shown noise."""
+    """Programs of text alone have no use for it; transformers would make up weights, and the teacher be shown
+    noise."""
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base" / "text_encoder" / "model.safetensors"
     save_file({n: w for n, w in load_file(file).items() if "visual.blocks.1." not in n}, file, {"format": "pt"})
@@ -132,9 +138,15 @@ def test_vision_part_is_not_quantised(base, monkeypatch, kind):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     config = script.quantization_config("text_encoder", kind, transformers)
     coarse, exact = (
-        DOPSDKrea2Pipeline.from_pretrained(base, dtype=torch.bfloat16, transformer=None, quantization_config=given).text_encoder
+        DOPSDKrea2Pipeline.from_pretrained(
+            base, dtype=torch.bfloat16, transformer=None, quantization_config=given
+        ).text_encoder
         for given in (config, None)
     )
-    assert all(torch.equal(w, exact.get_parameter(name)) for name, w in coarse.named_parameters() if name.startswith("visual."))
+    assert all(
+        torch.equal(w, exact.get_parameter(name))
+        for name, w in coarse.named_parameters()
+        if name.startswith("visual.")
+    )
     layer = "language_model.layers.0.mlp.up_proj.weight"
     assert type(coarse.get_parameter(layer)) is not type(exact.get_parameter(layer))

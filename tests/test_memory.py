@@ -31,7 +31,15 @@ import step_cost  # noqa: E402
 
 def bench(**changes):
     """Settings of `step_cost.Bench`, a Z-Image of 31 M parameters."""
-    defaults = {"size": "mid", "rollout_steps": 2, "states_per_rollout": 2, "seed": 0, "rank": 16, "train_batch_size": 1, "mixed_precision": "no"}
+    defaults = {
+        "size": "mid",
+        "rollout_steps": 2,
+        "states_per_rollout": 2,
+        "seed": 0,
+        "rank": 16,
+        "train_batch_size": 1,
+        "mixed_precision": "no",
+    }
     defaults |= {
         "gradient_checkpointing": False,
         "checkpointed_blocks": 1.0,
@@ -61,7 +69,10 @@ def bench(**changes):
         # a CPU takes more than a minute for each of these
         pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "one_state", "checkpointing", "half", "bf16", "bf16_checkpointing", "bf16_offloading"],
 )
@@ -74,14 +85,17 @@ def test_estimate_is_what_torch_allocates(changes):
     measured = step_cost.peak_bytes(work, torch.device("cpu"))
     with torch.device("meta"):
         config, side, tokens = step_cost.SIZES["mid"]
-        transformer = diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args)).requires_grad_(False)
+        transformer = (
+            diffusers.ZImageTransformer2DModel(**config).to(script.weight_dtype_of(args)).requires_grad_(False)
+        )
         noise = torch.empty(1, transformer.config.in_channels, side, side)
         contexts = [
             [{"prompt_embeds": torch.empty(n, config["cap_feat_dim"], dtype=transformer.dtype)}] for n in tokens
         ]
     estimate = memory.lora_bytes(memory.pipeline_of(DOPSDZImagePipeline, transformer), (noise, *contexts), args)
     trained = sum(p.numel() for p in real.parameters)
-    # gradients and weights that visit are allocated within the step; other weights, teacher and optimiser stand before it
+    # gradients and weights that visit are allocated within the step; other weights, teacher and optimiser stand before
+    # it
     visiting = estimate["weights"] - sum(p.nbytes for p in real.transformer.parameters() if not p.requires_grad)
     assert estimate["activations"] + 4 * trained + visiting == pytest.approx(measured, rel=0.1)
     assert (visiting > 0) == (args.offloaded_blocks > 0)
@@ -184,7 +198,9 @@ def test_quantised_base_trains_a_lora_in_fp32(family, train, base, tmp_path, mon
 
     def recorded(*args):
         pipeline = loaded(*args)
-        seen.append(type(pipeline.transformer.get_submodule(family.pipeline.lora_targets(pipeline.transformer)[0]).weight))
+        seen.append(
+            type(pipeline.transformer.get_submodule(family.pipeline.lora_targets(pipeline.transformer)[0]).weight)
+        )
         return pipeline
 
     monkeypatch.setattr(script, "load_for_training", recorded)
@@ -195,12 +211,15 @@ def test_quantised_base_trains_a_lora_in_fp32(family, train, base, tmp_path, mon
     assert all((w != 0).any() for name, w in weights.items() if "lora_B" in name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     pipe.load_lora_weights(tmp_path / "out")
-    assert pipe(prompt="a red square", num_inference_steps=1, guidance_scale=family.guidance_scale, height=32, width=32).images
+    assert pipe(
+        prompt="a red square", num_inference_steps=1, guidance_scale=family.guidance_scale, height=32, width=32
+    ).images
 
 
 @pytest.mark.families()
 def test_offloaded_blocks_train_the_same_lora(train, tmp_path, monkeypatch):
-    """Weights that come and go must be there for the forward, the recomputation and the backward, and leave after each."""
+    """Weights that come and go must be there for the forward, the recomputation and the backward, and leave after
+    each."""
     loaded, script_of = [], script.load_for_training
     monkeypatch.setattr(script, "load_for_training", lambda *a: loaded.append(script_of(*a)) or loaded[-1])
     train(tmp_path / "here", "--gradient_checkpointing", max_train_steps=2)
@@ -244,10 +263,15 @@ def test_quantised_encoders_give_nearly_the_same_contexts(family, base, vlm, nf4
     contexts = []
     for quantization in (None, kind):
         pipeline = family.pipeline.from_pretrained(
-            base, dtype=torch.bfloat16, quantization_config=script.quantization_config("text_encoder", quantization, transformers)
+            base,
+            dtype=torch.bfloat16,
+            quantization_config=script.quantization_config("text_encoder", quantization, transformers),
         )
         pipeline.load_multimodal_encoder(str(vlm))
-        contexts.append(pipeline.encode_student(["a red square"]) + pipeline.encode_teacher(["a red square"], [draw("ellipse", "red")]))
+        contexts.append(
+            pipeline.encode_student(["a red square"])
+            + pipeline.encode_teacher(["a red square"], [draw("ellipse", "red")])
+        )
     layer = pipeline.multimodal_encoder.model.language_model.layers[0].mlp.up_proj
     assert type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter
     assert any(layer is own for own in pipeline.text_encoder.modules())
@@ -315,7 +339,10 @@ def test_cuda_itself_is_counted_for_every_table(monkeypatch, capsys, tmp_path, f
     monkeypatch.setattr(memory, "encoder_bytes", lambda *args: 10 * 2**30)
     monkeypatch.setattr(memory, "planned", lambda *args: (SimpleNamespace(transformer=torch.nn.Linear(1, 1)), None))
     monkeypatch.setattr(memory, "planned_from_configs", lambda args: (None, None))
-    words = {"script": "train_dopsd_full.py", "flags": f"--pretrained_model_name_or_path x --dataset_name x --output_dir {tmp_path}"}
+    words = {
+        "script": "train_dopsd_full.py",
+        "flags": f"--pretrained_model_name_or_path x --dataset_name x --output_dir {tmp_path}",
+    }
     for gpu_gib, fitting in ((10 + memory.CUDA_GIB - 0.1, False), (10 + memory.CUDA_GIB, True)):
         run_memory(monkeypatch, f"{flags.format(**words)} --gpu_gib {gpu_gib}")
         assert (shown in capsys.readouterr().out) != fitting
@@ -334,14 +361,20 @@ def small_recipe(monkeypatch, base, tmp_path):
     vae = json.loads((base / "vae" / "config.json").read_text())  # eight pixels for a latent, as in the real models
     vae |= {name: 4 * vae[name][:1] for name in ("block_out_channels", "down_block_types", "up_block_types")}
     (base / "vae" / "config.json").write_text(json.dumps(vae))
-    config = {n: v for n, v in DOPSDZImagePipeline.transformer_class.load_config(base, subfolder="transformer").items() if n[0] != "_"}
+    config = {
+        n: v
+        for n, v in DOPSDZImagePipeline.transformer_class.load_config(base, subfolder="transformer").items()
+        if n[0] != "_"
+    }
     monkeypatch.setitem(memory.MODELS, "z_image_turbo", ("tiny", DOPSDZImagePipeline, config, None))
     monkeypatch.setattr(memory, "TEXT_TOKENS", 20)
     text = (memory.RECIPES / "z_image_turbo_24gb.sh").read_text().replace("Tongyi-MAI/Z-Image-Turbo", str(base))
     (tmp_path / "z_image_turbo_24gb.sh").write_text(text)
     monkeypatch.setattr(memory, "RECIPES", tmp_path)
     command = text.split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ")
-    return command.replace('"$images"', "images").replace('"$output"', str(tmp_path / "out")).replace('"$@"', "").strip()
+    return (
+        command.replace('"$images"', "images").replace('"$output"', str(tmp_path / "out")).replace('"$@"', "").strip()
+    )
 
 
 def peaks_of(table):
@@ -350,12 +383,16 @@ def peaks_of(table):
     return [float(cell) for cell in row.strip("| ").split(" | ")[-4:]]
 
 
-@pytest.mark.parametrize("more", ["--resolution 512", "--resolution 512 --train_batch_size 2", "--resolution 256 --mixed_precision no"])
+@pytest.mark.parametrize(
+    "more", ["--resolution 512", "--resolution 512 --train_batch_size 2", "--resolution 256 --mixed_precision no"]
+)
 def test_command_and_recipe_agree(monkeypatch, capsys, small_recipe, tmp_path, more):
-    """Two answers to one question; and a command must be answered from configs alone, without data, and write nothing."""
+    """Two answers to one question; and a command must be answered from configs alone, without data, and write
+    nothing."""
     monkeypatch.setattr(memory, "CUDA_GIB", 0.0)
     exact = memory.lora_bytes
-    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})  # GiB with digits
+    # GiB with digits
+    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})
     run_memory(monkeypatch, f"lora {more}")
     by_recipe = peaks_of(capsys.readouterr().out)
     run_memory(monkeypatch, f"command train_dopsd_lora.py {small_recipe} {more} --gpu_gib 1000")
@@ -367,7 +404,8 @@ def test_command_and_recipe_agree(monkeypatch, capsys, small_recipe, tmp_path, m
 def test_resolution_changes_the_figures(monkeypatch, capsys, small_recipe):
     """A user who lowers it, so that his card will do, must see what that brings."""
     exact, seen = memory.lora_bytes, []
-    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})  # GiB with digits
+    # GiB with digits
+    monkeypatch.setattr(memory, "lora_bytes", lambda *args: {n: 1000 * size for n, size in exact(*args).items()})
     for resolution in (256, 512):  # the teacher's context stays what it is
         run_memory(monkeypatch, f"lora --teacher_max_pixels 65536 --resolution {resolution}")
         seen.append(peaks_of(capsys.readouterr().out))
@@ -387,7 +425,9 @@ def test_flags_that_need_more_change_the_batch(tmp_path, model, flags, more):
     for line in (flags, f"{flags} {more}"):
         args = memory.recipe_args(memory.RECIPES / f"{model}_24gb.sh", line.split())
         _, (noise, *contexts) = memory.planned(model, args)
-        sizes.append(noise.numel() + sum(t.numel() for several in contexts for context in several for t in context.values()))
+        sizes.append(
+            noise.numel() + sum(t.numel() for several in contexts for context in several for t in context.values())
+        )
     assert sizes[0] < sizes[1]
 
 
@@ -486,7 +526,8 @@ def test_recipes_fit_their_cards(path, tmp_path):
     assert words[:6] == ["launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend"]
     assert words[6] == "no" and words[7].endswith("train_dopsd_lora.py")
     ran = script.parse_args(words[8:])
-    script.parse_args([*words[8:], "--validation_steps", "0", "--optimizer", "prodigy", "--learning_rate", "1"])  # further flags
+    # further flags
+    script.parse_args([*words[8:], "--validation_steps", "0", "--optimizer", "prodigy", "--learning_rate", "1"])
     assert (ran.instance_data_dir, ran.output_dir, ran.seed) == ("my images", "out", 7)
     assert {**vars(ran), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0} == {
         **vars(args), "instance_data_dir": 0, "output_dir": 0, "context_cache_dir": 0, "seed": 0,
@@ -527,9 +568,15 @@ def test_out_of_memory_while_encoding_names_flags_that_help(train_any, tmp_path,
 
 def test_step_cost_prints_its_table(monkeypatch, capsys):
     """The command of RESULTS.md must run as it stands there."""
-    monkeypatch.setattr(sys, "argv", ["step_cost.py", "--size", "tiny", "--rollout_steps", "1", "2", "--repetitions", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["step_cost.py", "--size", "tiny", "--rollout_steps", "1", "2", "--repetitions", "1"]
+    )
     step_cost.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "K" not in line]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ") and "K" not in line
+    ]
     whole = ["step", "floor", "sft", "two-pass", "all"]
     assert [row[:3] for row in rows] == [
         *(["1", "1", name] for name in whole), *(["2", "2", name] for name in whole), ["2", "1", "step"], ["2", "1", "floor"]

@@ -140,7 +140,8 @@ def test_student_learns_and_teacher_and_base_do_not(student):
     [(3, [[0, 1, 2]], 3, 0), (4, [[0]], 1, 0), (4, [[2]], 1, 2), (4, [[1, 3]], 2, 2), (4, [[3], [0]], 1, 3), (8, [[7]], 1, 7)],
 )  # fmt: skip
 def test_no_forward_is_done_in_vain(student, steps, drawn, trained, passed):
-    """A trained state costs a forward of student and teacher, one before it a forward of the student alone, one after it none."""
+    """A trained state costs a forward of student and teacher, one before it a forward of the student alone, one after
+    it none."""
     grads = []
     student.transformer.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     student.backward(student.batch(len(drawn)), steps, drawn=drawn)
@@ -154,7 +155,9 @@ def test_teacher_uses_ema_weights_and_the_teachers_context(student):
     student.teacher.shadow[0].add_(0.5)
     moved, _ = student.backward((noise, contexts, teacher_contexts))
     assert (moved - losses).abs().min() > 1e-6
-    other, _ = student.backward((noise, contexts, [{"prompt_embeds": c["prompt_embeds"] + 1} for c in teacher_contexts]))
+    other, _ = student.backward(
+        (noise, contexts, [{"prompt_embeds": c["prompt_embeds"] + 1} for c in teacher_contexts])
+    )
     assert (other - moved).abs().min() > 1e-6
     # student = teacher in weights and context: nothing to learn
     for shadow, parameter in zip(student.teacher.shadow, student.parameters):
@@ -195,7 +198,8 @@ def test_accumulated_gradient_is_the_mean_of_micro_steps(student):
 @pytest.mark.parametrize("weighting", ["velocity", "x0"])
 @pytest.mark.parametrize("drawn", [[[0, 1, 2, 3]] * 2, [[0, 2], [1, 3]], [[3], [1]]])
 def test_batch_of_two_equals_two_of_one(student, drawn, weighting):
-    """Prompts of different lengths in a batch must not see each other's padding, nor images each other's time, weight or states."""
+    """Prompts of different lengths in a batch must not see each other's padding, nor images each other's time, weight
+    or states."""
     noise, contexts, teacher_contexts = batch = student.batch(2)
     first, second = (len(c["prompt_embeds"]) for c in contexts)
     assert first == second or first <= 32 < second  # padded by the family itself, or to 32 and 64 tokens
@@ -206,7 +210,9 @@ def test_batch_of_two_equals_two_of_one(student, drawn, weighting):
         )
         for i in (0, 1)
     ]  # fmt: skip
-    torch.testing.assert_close(losses, torch.stack([s for s, _ in singles]).nanmean(0), rtol=1e-4, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        losses, torch.stack([s for s, _ in singles]).nanmean(0), rtol=1e-4, atol=0, equal_nan=True
+    )
     for both, first, second in zip(gradient, singles[0][1], singles[1][1]):
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-6)
 
@@ -327,7 +333,9 @@ def test_every_image_is_drawn_in_every_epoch(batch_size):
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_prior_prompts_take_no_image_out_of_an_epoch(epochs, flags, tmp_path):
     """A third of the images would never be seen in a training of one epoch."""
-    args = script.parse_args(flags(tmp_path / "out", prior_prompts=None, num_train_epochs=epochs, max_train_steps=None))
+    args = script.parse_args(
+        flags(tmp_path / "out", prior_prompts=None, num_train_epochs=epochs, max_train_steps=None)
+    )
     script.make_accelerator(args)
     dataset = script.check_inputs(args)[1]
     drawn = Counter()
@@ -345,7 +353,8 @@ def test_batches_of_prior_prompts_have_noise_of_their_own():
 
 
 def test_rows_are_hashed_once_an_epoch():
-    """Of a million rows, hashes in each step took a third of a second, and as many comparisons as rows times shapes half an hour."""
+    """Of a million rows, hashes in each step took a third of a second, and as many comparisons as rows times shapes
+    half an hour."""
     hashes, comparisons = [], []
 
     class Layout(tuple):
@@ -393,5 +402,6 @@ def test_states_depend_on_seed_and_place_alone(count):
     one = drawn(24)
     assert one == drawn(12, batch_size=2) == drawn(6, processes=2, batch_size=2)
     assert one != drawn(24, seed=6)
-    twice = [states for states in one for _ in range(2)]  # with FSDP, the images of all processes end at the same state
+    # with FSDP, the images of all processes end at the same state
+    twice = [states for states in one for _ in range(2)]
     assert twice == drawn(24, fsdp=True, batch_size=2) == drawn(24, fsdp=True, processes=2)

@@ -78,7 +78,11 @@ def test_concepts_are_never_sampled():
     kept_out = world.style_of(world.NEW_STYLE)
     for i in range(20000):
         style = world.style_of(f"random-{i}")
-        if style.background and max(style.background) < 90 and (style.texture, style.edge) == (kept_out.texture, kept_out.edge):
+        if (
+            style.background
+            and max(style.background) < 90
+            and (style.texture, style.edge) == (kept_out.texture, kept_out.edge)
+        ):
             assert not all(colour[0] == max(colour) for colour in (style.background, style.texture_colour))
 
 
@@ -113,11 +117,17 @@ def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge
     assert right > 0.7 and shares["shape"] > 0.9
 
 
-KLEIN = {"guidance_scale": 1.0, "text_encoder_out_layers": (1, 3, 4), "max_sequence_length": 64}  # shorter contexts than the real one
+# shorter contexts than the real one
+KLEIN = {
+    "guidance_scale": 1.0,
+    "text_encoder_out_layers": (1, 3, 4),
+    "max_sequence_length": 64,
+}
 
 
 @pytest.mark.parametrize(
-    ("stock", "folder", "call"), [(Flux2KleinPipeline, "klein", KLEIN), (Krea2Pipeline, "krea", {"guidance_scale": 0.0})]
+    ("stock", "folder", "call"),
+    [(Flux2KleinPipeline, "klein", KLEIN), (Krea2Pipeline, "krea", {"guidance_scale": 0.0})],
 )
 def test_stock_pipeline_loads_the_other_miniatures(judge, stock, folder, call):
     """Likewise for the other families; a miniature that draws little could lose little."""
@@ -125,13 +135,21 @@ def test_stock_pipeline_loads_the_other_miniatures(judge, stock, folder, call):
     pipeline.set_progress_bar_config(disable=True)
     scenes, generator = unrelated_scenes(32), torch.Generator().manual_seed(0)
     images = pipeline(
-        prompt=captions(scenes), height=64, width=64, num_inference_steps=4, output_type="np", generator=generator, **call
+        prompt=captions(scenes),
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        output_type="np",
+        generator=generator,
+        **call,
     ).images
     right, shares = accuracy(judge, list((images * 255).astype("uint8")), scenes, UNRELATED)
     assert right > 0.7 and shares["shape"] > 0.85
 
 
-@pytest.mark.parametrize(("folder", "context", "name"), [("klein", "vlm", "arrow"), ("klein", "edit", "ember"), ("krea", "vlm", "crown")])
+@pytest.mark.parametrize(
+    ("folder", "context", "name"), [("klein", "vlm", "arrow"), ("klein", "edit", "ember"), ("krea", "vlm", "crown")]
+)
 def test_teachers_of_other_families_show_what_words_cannot(folder, context, name, judge):
     """With teachers no better than the student, the comparison of teachers would compare nothing."""
     concept, pipeline = CONCEPTS[name], load_pipeline(folder=MINIATURE / folder)
@@ -158,30 +176,47 @@ def test_a_picture_in_the_context_shows_what_words_cannot(name, judge, miniature
 def test_builders_start(name, tmp_path, subprocess_env):
     """Nobody could build the miniature anew with the README's command."""
     words = [sys.executable, MINIATURE / f"{name}.py", "--help"]
-    assert "--work_dir" in subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=subprocess_env, check=True).stdout
+    assert (
+        "--work_dir"
+        in subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=subprocess_env, check=True).stdout
+    )
 
 
 def test_weights_stay_small():
     """Cloning the repository would take long."""
     sizes = {p: p.stat().st_size for p in MINIATURE.rglob("*.safetensors")}
-    others = [sum(size for path, size in sizes.items() if MINIATURE / name in path.parents) for name in ("klein", "krea")]
+    others = [
+        sum(size for path, size in sizes.items() if MINIATURE / name in path.parents) for name in ("klein", "krea")
+    ]
     assert max(others) < 15e6 and sum(sizes.values()) - sum(others) < 25e6
 
 
 def test_comparison_reports_the_best_rate_and_its_training_seeds(monkeypatch, capsys):
-    """A row of the README's table would show the figures of another rate, or a rate at the end of those that were tried."""
+    """A row of the README's table would show the figures of another rate, or a rate at the end of those that were
+    tried."""
 
     def run(job):
         model, name, share, concept, (batch, rate), seed, measured, args = job
         right = {1e-3: 0.6, 2e-3: 0.5}.get(rate, 0.4) + 0.1 * seed
         if name == "sft":
             right = {9e-6: 0.3}.get(rate, 0.2 - rate)
-        point = {"concept": [right], "right": [0.9], "detail": 1.0, "frechet": 100.0, "copying": 0.2, "slow": [0.5, 0.8]}
+        point = {
+            "concept": [right],
+            "right": [0.9],
+            "detail": 1.0,
+            "frechet": 100.0,
+            "copying": 0.2,
+            "slow": [0.5, 0.8],
+        }
         return job[:-1], [point]
 
     pool = types.SimpleNamespace(map=lambda _, jobs: map(run, jobs))
     monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(pool))
-    monkeypatch.setattr(compare, "base_figures", lambda args: {c: run(("", "", 0, c, (2, 0.0), 0, "", args))[1][0] for c in args.concepts})
+    monkeypatch.setattr(
+        compare,
+        "base_figures",
+        lambda args: {c: run(("", "", 0, c, (2, 0.0), 0, "", args))[1][0] for c in args.concepts},
+    )
     monkeypatch.setattr(sys, "argv", ["compare.py", "--methods", "prior", "sft"])
     compare.main()
     printed = capsys.readouterr().out
@@ -189,7 +224,9 @@ def test_comparison_reports_the_best_rate_and_its_training_seeds(monkeypatch, ca
     assert re.search(r"\| SFT \| 9e-06 \| 30.0 ± 0.0 .* \| -40.0 ± 24.8 \| 0.0 ± 0.0 \|\n", printed)
 
 
-@pytest.mark.parametrize("name", [name for name, variant in compare.VARIANTS.items() if variant.stand_in or variant.folder])
+@pytest.mark.parametrize(
+    "name", [name for name, variant in compare.VARIANTS.items() if variant.stand_in or variant.folder]
+)
 def test_each_baseline_trains(name, contexts):
     """A comparison of hours would stop at a method, or compare with a LoRA that was not trained."""
     norms = []
@@ -204,7 +241,8 @@ def test_each_baseline_trains(name, contexts):
 
 @pytest.mark.parametrize("name", MAIN)
 def test_folders_of_the_advice(tmp_path, name):
-    """More pictures that show what is measured would count copies; a folder of another size would answer another question."""
+    """More pictures that show what is measured would count copies; a folder of another size would answer another
+    question."""
     measured = {(scene.background, scene.position) for scene in held_out_scenes(CONCEPTS[name])}
     scenes = further_scenes(CONCEPTS[name], 4)
     assert measured.isdisjoint((scene.background, scene.position) for scene in scenes)
@@ -215,7 +253,8 @@ def test_folders_of_the_advice(tmp_path, name):
 
 
 def test_finished_runs_become_entries(tmp_path):
-    """A run that is lost on its way into the table's file is an hour lost; one that replaces another's entry is a wrong row."""
+    """A run that is lost on its way into the table's file is an hour lost; one that replaces another's entry is a
+    wrong row."""
     finished = tmp_path / "finished.json"
     finished.write_text('{"old": [{"right": [0.5]}]}')
     (tmp_path / "runs").mkdir()
@@ -241,20 +280,32 @@ def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch)
     """A comparison of hours, or the demo, would stop at a flag that a script no longer takes."""
     runs, settings = [], {"work_dir": tmp_path, "steps": 120, "ema_decay": 0.999, "seed": 0}
     for module in (train_sft, train_dopsd_lora):
-        monkeypatch.setattr(module, "main", lambda args, module=module: runs.append((module.__name__, args.max_train_steps)))
+        monkeypatch.setattr(
+            module, "main", lambda args, module=module: runs.append((module.__name__, args.max_train_steps))
+        )
     scripts = {"train_sft.py": train_sft, "train_dopsd_full.py": train_dopsd_full}
     parse = lambda words, check: scripts[Path(words[1]).name].parse_args(words[2:])  # noqa: E731
-    monkeypatch.setattr(domain, "subprocess", types.SimpleNamespace(run=lambda *a, **k: runs.append(("full", parse(*a, **k).max_train_steps))))
+    monkeypatch.setattr(
+        domain,
+        "subprocess",
+        types.SimpleNamespace(run=lambda *a, **k: runs.append(("full", parse(*a, **k).max_train_steps))),
+    )
     for method in domain.PASSES:
         domain.train(method, 1e-3, types.SimpleNamespace(**settings))
-    demo = re.findall(r"(train_\w+)\.py (.*?) (?:>|\|\|) ", subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "))
+    demo = re.findall(
+        r"(train_\w+)\.py (.*?) (?:>|\|\|) ",
+        subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "),
+    )
     for name, words in demo:
         module = train_sft if name == "train_sft" else train_dopsd_lora
         module.main(module.parse_args(shlex.split(words.replace("$(( 9 * 128 / 4 ))", "288"))))
     assert runs == [("full", 120), ("full", 120), ("full", 720), ("train_sft", 288), ("train_dopsd_lora", 128)]
 
 
-@pytest.mark.parametrize(("name", "passes"), [("m4", 12), ("m2", 7.3), ("m1", 4.5), ("first", 3), ("first_two", 6), ("early", 4), ("late", 5)])
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("m4", 12), ("m2", 7.3), ("m1", 4.5), ("first", 3), ("first_two", 6), ("early", 4), ("late", 5)],
+)
 def test_variants_are_counted_in_the_passes_that_they_take(name, passes):
     """Curves over a wrong cost would compare long runs with short ones."""
     assert curves.VARIANTS[name].passes() == pytest.approx(passes, abs=0.05)

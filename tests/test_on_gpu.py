@@ -1,4 +1,5 @@
-"""The benchmark for whoever has a GPU, run on a CPU with tiny models: its table, its failures, and what it does not do twice."""
+"""The benchmark for whoever has a GPU, run on a CPU with tiny models: its table, its failures, and what it does not do
+twice."""
 
 import json
 import math
@@ -34,7 +35,17 @@ def measure(monkeypatch, tmp_path):
         monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *a: {"": "cpu"})
 
     def run(*words):
-        command = ["on_gpu.py", "--tiny", "--device", "cpu", "--repetitions", "1", "--output", str(tmp_path / "table.md"), *words]
+        command = [
+            "on_gpu.py",
+            "--tiny",
+            "--device",
+            "cpu",
+            "--repetitions",
+            "1",
+            "--output",
+            str(tmp_path / "table.md"),
+            *words,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         with torch.compiler.set_stance("force_eager"):  # torchao's optimiser would be compiled for half a minute
             on_gpu.main()
@@ -47,7 +58,8 @@ def measure(monkeypatch, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Replaces what takes time: no weights are written, and each measurement is counted; one of `failing` ends with its error."""
+    """Replaces what takes time: no weights are written, and each measurement is counted; one of `failing` ends with
+    its error."""
     calls, failing = [], {}
 
     def fake(part):
@@ -67,8 +79,10 @@ def counted(monkeypatch):
 
 def test_table_has_all_figures(measure, capsys):
     """An empty column, or a family that cannot be measured, would cost somebody an evening with a GPU for nothing."""
-    kinds, models = ["12gb", "16gb", "24gb"], {family: name for name, (_, family, *_) in memory.MODELS.items()}.values()
-    recipes = [f"{model}_{kinds[i % 3]}" for i, model in enumerate(models)]  # of each family one; nf4 and int8 are among them
+    kinds = ["12gb", "16gb", "24gb"]
+    models = {family: name for name, (_, family, *_) in memory.MODELS.items()}.values()
+    # of each family one; nf4 and int8 are among them
+    recipes = [f"{model}_{kinds[i % 3]}" for i, model in enumerate(models)]
     table = measure("--recipes", *recipes, "z_image_turbo_full *--ema_decay 1.0 --fused*")
     output = capsys.readouterr().out
     headings, rows = table.pop("recipe or full fine-tuning"), list(table.values())
@@ -77,7 +91,13 @@ def test_table_has_all_figures(measure, capsys):
     assert all(float(cell) >= 0 for row in rows for cell in row[1:])
     seconds = [i for i, heading in enumerate(headings) if heading.endswith(", s")]
     assert len(seconds) == 4 and all(float(row[i]) > 0 for row in rows for i in seconds)
-    assert [full[i] == "-" for i in seconds] == [True, False, False, True]  # it trains one state; nothing of its own is encoded
+    # it trains one state; nothing of its own is encoded
+    assert [full[i] == "-" for i in seconds] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert all(" | ".join(row) in output for row in [*rows, full])  # as they come
 
 
@@ -103,12 +123,15 @@ def test_finished_rows_are_not_measured_again(measure, counted):
     ids=["out_of_memory", "failed", "killed"],
 )
 def test_case_that_ends_early_is_a_row(measure, counted, error, cell, again):
-    """One card too small must not cost the rows behind it; what may be mended is tried again, what does not fit is not."""
+    """One card too small must not cost the rows behind it; what may be mended is tried again, what does not fit is
+    not."""
     calls, failing = counted
     failing["flux2_klein_4b_24gb"] = error
     words = ["--models", "flux2_klein_4b", "--recipes", "*gb"]
     table = measure(*words)
-    assert cell in table["flux2_klein_4b_24gb"] and not any(cell in table[f"flux2_klein_4b_{size}gb"] for size in (16, 12))
+    assert cell in table["flux2_klein_4b_24gb"] and not any(
+        cell in table[f"flux2_klein_4b_{size}gb"] for size in (16, 12)
+    )
     assert len(calls) == 6
     measure(*words)
     assert len(calls) == 6 + again
@@ -130,7 +153,9 @@ def test_figures_of_two_machines_are_not_mixed(measure, counted, tmp_path):
 def test_only_what_fits_runs(measure, counted, monkeypatch, capsys):
     """A card of 12 GB must not be asked for 20; whoever looks for a row learns why it is not there."""
     monkeypatch.setattr(on_gpu, "card_of", lambda options: ("a card", 12.0))
-    monkeypatch.setattr(on_gpu, "calculate", lambda case: {"training": (20 if case.args.rank == 64 else 5) * 2**30, "encoding": 1})
+    monkeypatch.setattr(
+        on_gpu, "calculate", lambda case: {"training": (20 if case.args.rank == 64 else 5) * 2**30, "encoding": 1}
+    )
     table = measure("--models", "z_image_turbo", "--recipes", "*gb")
     assert [row[:2] for row in table.values()][1:] == [["z_image_turbo_16gb", "12.0"], ["z_image_turbo_12gb", "12.0"]]
     assert "z_image_turbo_24gb: 21.0 GiB by calculation" in capsys.readouterr().out
@@ -153,13 +178,19 @@ def test_peaks_hold_what_cuda_itself_has(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda gib=gib: gib * 2**30)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (68 * 2**30, 80 * 2**30))
-    assert {n: b / 2**30 for n, b in on_gpu.peaks(torch.device("cuda")).items()} == {"allocated": 10, "reserved": 12, "card": 13}
+    assert {n: b / 2**30 for n, b in on_gpu.peaks(torch.device("cuda")).items()} == {
+        "allocated": 10,
+        "reserved": 12,
+        "card": 13,
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param([], "sees no CUDA card", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+        pytest.param(
+            [], "sees no CUDA card", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+        ),
         (["--device", "cpu"], "give --tiny"),
         (["--tiny", "--device", "cpu", "--work_dir", "nowhere"], "nowhere is no folder: see --work_dir"),
     ],
@@ -190,5 +221,7 @@ def test_each_figure_is_of_a_process_of_its_own():
 def test_command_runs_as_it_stands(tmp_path, subprocess_env):
     """With processes of its own, as a user starts it."""
     words = "--tiny --device cpu --models z_image_turbo --recipes *_24gb --repetitions 1 --output table.md".split()
-    run = subprocess.run([sys.executable, ROOT / "examples" / "benchmarks" / "on_gpu.py", *words], env=subprocess_env, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "benchmarks" / "on_gpu.py", *words], env=subprocess_env, cwd=tmp_path
+    )
     assert run.returncode == 0 and "z_image_turbo_24gb" in (tmp_path / "table.md").read_text()

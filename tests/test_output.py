@@ -96,9 +96,12 @@ def test_way_c_without_custom_code(trained, expected, base):
 
 @pytest.mark.parametrize("way", "ab")
 def test_fused_pipeline_is_saved_as_a_plain_one(trained, expected, base, tmp_path, way):
-    """One folder for programs that know neither LoRAs nor remote code; a folder that nothing loads would be found out later."""
+    """One folder for programs that know neither LoRAs nor remote code; a folder that nothing loads would be found out
+    later."""
     if way == "a":
-        pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(trained), trust_remote_code=True, dtype=torch.bfloat16)
+        pipe = DiffusionPipeline.from_pretrained(
+            base, custom_pipeline=str(trained), trust_remote_code=True, dtype=torch.bfloat16
+        )
         pipe.load_lora_weights(trained, adapter_name="dopsd")
     else:
         pipe = DiffusionPipeline.from_pretrained(trained, trust_remote_code=True)
@@ -112,7 +115,10 @@ def test_fused_pipeline_is_saved_as_a_plain_one(trained, expected, base, tmp_pat
     if way == "a":
         return
     stock = DiffusionPipeline.from_pretrained(tmp_path / "x")
-    assert type(stock) is ZImagePipeline and type(DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)) is ZImagePipeline
+    assert (
+        type(stock) is ZImagePipeline
+        and type(DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)) is ZImagePipeline
+    )
     assert np.abs(sample(stock, num_inference_steps=STEPS, guidance_scale=0.0) - expected).max() <= 1
     ours = DOPSDZImagePipeline.from_pretrained(tmp_path / "x")
     assert np.abs(sample(ours) - expected).max() <= 1 and forwards(ours) == [1] * STEPS
@@ -210,7 +216,13 @@ def test_settings_of_a_run_make_the_same_run(trained):
     """Who shares a run by its settings gets another run."""
     settings = json.loads((trained / "dopsd_settings.json").read_text())
     paths = {name: f"new/{name}" for name, value in settings.items() if str(value).startswith(".../")}
-    words = ["--config", str(trained / "dopsd_settings.json"), "--rank", "7", *(w for n, v in paths.items() for w in (f"--{n}", v))]
+    words = [
+        "--config",
+        str(trained / "dopsd_settings.json"),
+        "--rank",
+        "7",
+        *(w for n, v in paths.items() for w in (f"--{n}", v)),
+    ]
     assert vars(script.parse_args(words)) == settings | paths | {"rank": 7}
 
 
@@ -230,7 +242,8 @@ def write_settings(folder, **settings):
 
 
 def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
-    """A flag cannot be taken back, so the file's other one must not stand in its way; both in the file are a mistake."""
+    """A flag cannot be taken back, so the file's other one must not stand in its way; both in the file are a
+    mistake."""
     words = write_settings(tmp_path, max_train_steps=500, teacher_max_pixels=65536)
     args = script.parse_args([*words, "--num_train_epochs", "3", "--teacher_context", "edit"])
     assert args.num_train_epochs == 3 and args.teacher_max_pixels is None
@@ -242,7 +255,13 @@ def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
 def test_emoji_in_a_caption_survives_the_settings(train, tmp_path):
     """JSON's way to write it is read as half a letter by YAML."""
     folder = train(tmp_path / "out", max_train_steps=1, instance_prompt="a dog 😀")
-    paths = ["pretrained_model_name_or_path", "vlm_model_name_or_path", "instance_data_dir", "context_cache_dir", "output_dir"]
+    paths = [
+        "pretrained_model_name_or_path",
+        "vlm_model_name_or_path",
+        "instance_data_dir",
+        "context_cache_dir",
+        "output_dir",
+    ]
     words = ["--config", str(folder / "dopsd_settings.json"), *(word for name in paths for word in (f"--{name}", "x"))]
     assert script.parse_args(words).instance_prompt == "a dog 😀"
 
@@ -252,7 +271,11 @@ def test_shortened_path_in_a_config_is_asked_for(trained, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--config", str(trained / "dopsd_settings.json"), "--instance_data_dir=images"])
     error = capsys.readouterr().err
-    assert error.startswith("error: --config") and "was shortened; give --" in error and "--instance_data_dir" not in error
+    assert (
+        error.startswith("error: --config")
+        and "was shortened; give --" in error
+        and "--instance_data_dir" not in error
+    )
 
 
 def test_no_is_no_in_a_config_file(tmp_path):
@@ -335,5 +358,13 @@ def test_two_files_alone_run_without_network(train, train_full, tmp_path, name):
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "network.log").read_text() == ""
-    expected = {"README.md", "model_index.json", "pipeline.py", "pipeline_dopsd.py", "checkpoint-1", "validation", "samples"}
+    expected = {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "pipeline_dopsd.py",
+        "checkpoint-1",
+        "validation",
+        "samples",
+    }
     assert {p.name for p in (folder / "out").iterdir()} >= {trainer.result.split("/")[0], *expected}

@@ -125,7 +125,9 @@ def test_page_of_flags_is_that_of_the_scripts():
     assert (ROOT / "docs" / "flags.md").read_text("utf-8") == flags_page.page()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
 def test_pages_name_what_is_there(page):
     """A reader would be sent to a file, heading or flag that does not exist."""
     text = page.read_text("utf-8")
@@ -137,8 +139,22 @@ def test_pages_name_what_is_there(page):
             headings = re.findall(r"(?m)^#+ (.*)$", other.read_text("utf-8")) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor in slugs, target
-    known = set(re.findall(r"--\w+", "".join(file.read_text("utf-8") for file in [*SCRIPTS, *(ROOT / "examples").rglob("*.py")])))
-    outside = {"--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port", "--config_file", "--help", "--include", "--recipe", "--gpu_gib"}
+    known = set(
+        re.findall(
+            r"--\w+", "".join(file.read_text("utf-8") for file in [*SCRIPTS, *(ROOT / "examples").rglob("*.py")])
+        )
+    )
+    outside = {
+        "--num_machines",
+        "--machine_rank",
+        "--main_process_ip",
+        "--main_process_port",
+        "--config_file",
+        "--help",
+        "--include",
+        "--recipe",
+        "--gpu_gib",
+    }
     assert set(re.findall(r"`[^`\n]*?(--\w+)", text)) - known - outside == set()
     if page.name == "README.md":
         assert len(text.splitlines()) <= 180

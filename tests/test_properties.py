@@ -22,7 +22,9 @@ import convert_lora  # noqa: E402
 
 
 # no deadlines: other processes share the machine; one folder for all examples of a test
-quiet = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 MULTIPLE = 8
 
@@ -72,11 +74,19 @@ class Rows(list):
 
 
 @settings(quiet, max_examples=15)
-@given(TEXT.filter(lambda text: "<|" not in text and "|>" not in text), st.sampled_from(SPECIAL_TOKENS), st.integers(0, 40))
+@given(
+    TEXT.filter(lambda text: "<|" not in text and "|>" not in text),
+    st.sampled_from(SPECIAL_TOKENS),
+    st.integers(0, 40),
+)
 def test_marks_of_the_chat_are_refused_anywhere_and_nothing_else_is(checked, caption, token, place):
     """A mark that slips through ends the user's turn; a caption that is refused without need cannot be trained on."""
     checked(caption)
-    for text, suffix in ((caption[:place] + token + caption[place:], ""), (caption, token), (caption + token[:4], token[4:])):
+    for text, suffix in (
+        (caption[:place] + token + caption[place:], ""),
+        (caption, token),
+        (caption + token[:4], token[4:]),
+    ):
         with pytest.raises(ValueError, match="mark of the chat"):
             checked(text, suffix)
 
@@ -92,7 +102,9 @@ def test_every_image_gets_a_bucket_of_the_area(height, width, side, multiple):
     assert all(length % multiple == 0 and length > 0 for length in row["bucket"])
     # each side is rounded to the nearest multiple
     high, wide = row["bucket"]
-    assert (high - multiple / 2) * (wide - multiple / 2) <= resolution**2 <= (high + multiple / 2) * (wide + multiple / 2)
+    assert (
+        (high - multiple / 2) * (wide - multiple / 2) <= resolution**2 <= (high + multiple / 2) * (wide + multiple / 2)
+    )
 
 
 @settings(quiet, max_examples=30)
@@ -110,7 +122,12 @@ def test_training_images_have_the_size_of_their_bucket(tmp_path, height, width, 
 # ----------------------------------------------------------------------------------------------------------- cache keys
 HASHES = st.text("0123456789abcdef", min_size=1, max_size=3)
 ENTRY = st.tuples(
-    st.lists(HASHES, max_size=2), HASHES, st.tuples(st.integers(1, 3), st.integers(1, 3)), TEXT, st.sampled_from(["vlm", "edit"]), TEXT
+    st.lists(HASHES, max_size=2),
+    HASHES,
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    TEXT,
+    st.sampled_from(["vlm", "edit"]),
+    TEXT,
 )
 
 
@@ -143,7 +160,10 @@ def test_any_flipped_bit_of_a_context_is_noticed(tmp_path, seed, dtype, data):
     written = [{"prompt_embeds": torch.randn(n, 4, generator=generator).to(dtype)} for n in (2, 3)]
     for path, context in zip(cache.paths(row, row, "x"), written):
         cache.write(path, context)
-    assert all(torch.equal(a["prompt_embeds"], b["prompt_embeds"]) for a, b in zip(cache.read(row, row, "x"), written, strict=True))
+    assert all(
+        torch.equal(a["prompt_embeds"], b["prompt_embeds"])
+        for a, b in zip(cache.read(row, row, "x"), written, strict=True)
+    )
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")  # behind the header, whose blanks mean nothing
     content[data.draw(st.integers(start, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -153,7 +173,11 @@ def test_any_flipped_bit_of_a_context_is_noticed(tmp_path, seed, dtype, data):
 
 
 # ------------------------------------------------------------------------------------------------------------ LoRA keys
-LAYERS = {f"layers.{i}.{name}": (5, 7) for i in range(3) for name in ("attention.to_q", "attention.to_out.0", "feed_forward.w1")}
+LAYERS = {
+    f"layers.{i}.{name}": (5, 7)
+    for i in range(3)
+    for name in ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
+}
 PREFIXES = ["", "transformer.", "base_model.model.", "diffusion_model.", "base_model.model.transformer."]
 
 
@@ -171,7 +195,11 @@ def test_converted_loras_keep_layers_and_strength(tmp_path, names, prefix, adapt
         expected[name] = alpha / rank * b.float() @ a.float()
         if prefix == "kohya":
             flat = f"lora_unet_{name.replace('.', '_')}"
-            tensors |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": torch.tensor(float(alpha))}
+            tensors |= {
+                f"{flat}.lora_down.weight": a,
+                f"{flat}.lora_up.weight": b,
+                f"{flat}.alpha": torch.tensor(float(alpha)),
+            }
         else:
             tensors |= {f"{prefix}{name}.lora_A{adapter}.weight": a, f"{prefix}{name}.lora_B{adapter}.weight": b}
     save_file(tensors, file)
@@ -190,7 +218,10 @@ def test_converted_loras_keep_layers_and_strength(tmp_path, names, prefix, adapt
 def test_other_keys_are_never_dropped(tmp_path, key):
     """A key that is not understood ends the conversion."""
     assume(not any(pattern.fullmatch(key) for pattern in (convert_lora.PEFT, convert_lora.KOHYA)))
-    good = {"layers.0.attention.to_q.lora_A.weight": torch.ones(1, 7), "layers.0.attention.to_q.lora_B.weight": torch.ones(5, 1)}
+    good = {
+        "layers.0.attention.to_q.lora_A.weight": torch.ones(1, 7),
+        "layers.0.attention.to_q.lora_B.weight": torch.ones(5, 1),
+    }
     save_file({**good, key: torch.ones(1)}, tmp_path / "old.safetensors")
     with pytest.raises(ValueError, match="not understood"):
         convert_lora.convert(tmp_path / "old.safetensors", LAYERS, 1.0)

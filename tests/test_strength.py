@@ -20,7 +20,8 @@ def deltas(pipeline, adapter):
 
 @pytest.fixture
 def save(family, base, flags, tmp_path):
-    """Saves a LoRA of random weights as the script does; returns its folder and what it does to the weights in training."""
+    """Saves a LoRA of random weights as the script does; returns its folder and what it does to the weights in
+    training."""
 
     def run(name="lora", seed=0, switches=(), **changes):
         PartialState(cpu=True)  # the script's logger asks for it
@@ -42,8 +43,8 @@ def save(family, base, flags, tmp_path):
 def comfyui_deltas(state, shapes, place):
     """Matrix of ComfyUI's model -> the change of it, by the rules of ComfyUI's LoRA loader.
 
-    A key is `transformer.` and diffusers' name of the layer, for which `place` gives ComfyUI's matrix and rows. The strength is alpha /
-    rank with the alpha of the key `LAYER.alpha`, or 1 without such a key; metadata is not read.
+    A key is `transformer.` and diffusers' name of the layer, for which `place` gives ComfyUI's matrix and rows. The
+    strength is alpha / rank with the alpha of the key `LAYER.alpha`, or 1 without such a key; metadata is not read.
     """
     changes, read = {}, set()
     for layer, (rows, columns) in shapes.items():

@@ -60,7 +60,8 @@ def test_resumed_run_equals_the_uninterrupted_one(train_any, tmp_path, monkeypat
     whole = train(tmp_path / "whole", *switches, max_train_steps=6, checkpointing_steps=100, **changes)
 
     part, accumulated, drawn = tmp_path / "part", changes.get("gradient_accumulation_steps", 1), []
-    draw_states, interrupted_at = train.module.draw_states, 4 * accumulated  # in the fifth step, one after the checkpoint
+    draw_states = train.module.draw_states
+    interrupted_at = 4 * accumulated
 
     def counted(args, places):
         drawn.append(places[0] // args.train_batch_size)
@@ -149,7 +150,9 @@ def test_prodigy_is_what_is_asked_for(train_any, tmp_path, monkeypatch, capsys):
 def test_optimiser_of_a_missing_package(train_any, tmp_path, monkeypatch, name, package):
     """Said before data is read, with the command that installs it."""
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda wanted, *rest: None if wanted == package else find(wanted, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda wanted, *rest: None if wanted == package else find(wanted, *rest)
+    )
     monkeypatch.setattr(train_any.module, "read_dataset", lambda args: pytest.fail("data was read"))
     with pytest.raises(ValueError, match=f"--optimizer {name} needs {package}: pip install {package}"):
         train_any(tmp_path, optimizer=name, learning_rate=1.0)
@@ -180,7 +183,9 @@ def test_files_have_the_permissions_of_the_umask(train_any, tmp_path, monkeypatc
     assert train_any.module.UMASK == old  # that of the import
     try:
         monkeypatch.setattr(train_any.module, "UMASK", mask)
-        folder = train_any(tmp_path / "out", max_train_steps=1, validation_steps=1, num_validation_images=1, context_cache_dir=None)
+        folder = train_any(
+            tmp_path / "out", max_train_steps=1, validation_steps=1, num_validation_images=1, context_cache_dir=None
+        )
     finally:
         os.umask(old)
     files = [p for p in folder.rglob("*") if p.is_file()]
@@ -252,7 +257,9 @@ def test_steps_that_are_logged_together_keep_their_own_values(train_any, tmp_pat
     monkeypatch.setattr(train_any.module, "log_steps", lambda *args: reads.append(len(args[0])) or log_steps(*args))
     for seconds in (-1, 1000):
         monkeypatch.setattr(train_any.module, "LOGGING_SECONDS", seconds)
-        train_any(tmp_path / str(seconds), max_train_steps=5, checkpointing_steps=3, context_cache_dir=tmp_path / "cache")
+        train_any(
+            tmp_path / str(seconds), max_train_steps=5, checkpointing_steps=3, context_cache_dir=tmp_path / "cache"
+        )
     assert logs[:5] == logs[5:] and [step for step, _ in logs] == [1, 2, 3, 4, 5] * 2
     assert reads == [1, 1, 1, 1, 1, 3, 2]
 
@@ -271,7 +278,8 @@ def test_validation_pictures(train_any, tmp_path):
     )
     pictures = {p.name: Image.open(p) for p in (tmp_path / "validation").iterdir()}
     assert sorted(pictures) == ["step-000000.png", "step-000002.png", "step-000003.png"]
-    assert {p.size for p in pictures.values()} == {(3 * 80, 20 + 2 * (32 + 20))}  # room for headings, and a text under each row
+    # room for headings, and a text under each row
+    assert {p.size for p in pictures.values()} == {(3 * 80, 20 + 2 * (32 + 20))}
     student, teacher, target = (
         [p.crop((x, 20, x + 32, 52)).tobytes() for _, p in sorted(pictures.items())] for x in (0, 80, 160)
     )
@@ -281,9 +289,11 @@ def test_validation_pictures(train_any, tmp_path):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_prior_prompts_have_a_teacher_that_sees_no_image(given, train_any, pipeline, tmp_path, monkeypatch):
-    """With an image in its context, the teacher would teach the concept on the very prompts that are to stay as they are; without
-    prompts where none are named, a user's model would forget them."""
-    prompts, seen, velocity = ["a red car", "a small blue door"] if given else PRIOR_PROMPTS, [], DOPSDZImagePipeline.velocity
+    """With an image in its context, the teacher would teach the concept on the very prompts that are to stay as they
+    are; without prompts where none are named, a user's model would forget them."""
+    prompts = ["a red car", "a small blue door"] if given else PRIOR_PROMPTS
+    seen = []
+    velocity = DOPSDZImagePipeline.velocity
     (tmp_path / "prior.txt").write_text("\n\n".join(prompts) + "\n")
 
     def recorded(self, transformer, latents, timestep, contexts):
@@ -306,13 +316,23 @@ def test_prior_prompts_are_those_that_were_encoded(train_any, tmp_path, monkeypa
     """Edited while contexts are encoded, for hours, they would end the run at the first one that has none."""
     (tmp_path / "prior.txt").write_text("a red car")
     encode = train_any.module.encode_contexts
-    monkeypatch.setattr(train_any.module, "encode_contexts", lambda *args: encode(*args) or (tmp_path / "prior.txt").write_text("a new one"))
+    monkeypatch.setattr(
+        train_any.module,
+        "encode_contexts",
+        lambda *args: encode(*args) or (tmp_path / "prior.txt").write_text("a new one"),
+    )
     train_any(tmp_path / "out", prior_prompts=tmp_path / "prior.txt", max_train_steps=3)
 
 
 def test_image_that_is_gone_ends_no_run(train_any, tmp_path, monkeypatch, caplog):
-    """The steps since the last checkpoint would be lost for the third column of a picture; a white one says nothing by itself."""
-    common = {"max_train_steps": 1, "context_cache_dir": tmp_path / "contexts", "validation_steps": 1, "num_validation_images": 1}
+    """The steps since the last checkpoint would be lost for the third column of a picture; a white one says nothing by
+    itself."""
+    common = {
+        "max_train_steps": 1,
+        "context_cache_dir": tmp_path / "contexts",
+        "validation_steps": 1,
+        "num_validation_images": 1,
+    }
     train_any(tmp_path / "first", **common)
     monkeypatch.setattr(train_any.module, "load_image", lambda source: (_ for _ in ()).throw(ValueError("gone")))
     train_any(tmp_path / "out", **common)
@@ -330,7 +350,9 @@ def test_deepspeed_is_refused(train_any, tmp_path, monkeypatch):
 def test_pictures_are_decoded_as_in_inference(train_any, tmp_path, monkeypatch):
     """Autocast would widen what the VAE holds, at 1024 pixels by a gigabyte, and change the pictures."""
     cast, decode = [], AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda *a, **k: cast.append(torch.is_autocast_enabled("cpu")) or decode(*a, **k))
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda *a, **k: cast.append(torch.is_autocast_enabled("cpu")) or decode(*a, **k)
+    )
     train_any(tmp_path, mixed_precision="bf16", max_train_steps=1, validation_steps=1, num_validation_images=1)
     assert cast and not any(cast)
 
@@ -433,7 +455,8 @@ def growing(self, velocity, out, step):
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"), [(blind, "predict the same"), (deaf, "gradients are zero"), (growing, "grown tenfold"), (None, None)]
+    ("broken", "words"),
+    [(blind, "predict the same"), (deaf, "gradients are zero"), (growing, "grown tenfold"), (None, None)],
 )
 def test_runs_that_come_to_nothing_say_so_once(train, tmp_path, monkeypatch, caplog, broken, words):
     """An evening of training that cannot learn anything must not look like one that does."""

@@ -2,8 +2,8 @@
 
     make fix-copies
 
-Every top-level function or class that stands in both files under one name must be the same text, `main` and `parse_args`
-excepted. tests/test_project.py checks it.
+Every top-level function or class that stands in both files under one name must be the same text, `main` and
+`parse_args` excepted. tests/test_project.py checks it.
 """
 
 import ast
@@ -16,7 +16,8 @@ OWN = {"main", "parse_args"}
 
 
 def definitions(text):
-    """(first line, last line) of every top-level function and class, decorators included, by name; lines count from 0."""
+    """(first line, last line) of every top-level function and class, decorators included, by name; lines count from
+    0."""
     nodes = [n for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     return {n.name: (min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1, n.end_lineno) for n in nodes}
 

@@ -20,7 +20,11 @@ import train_dopsd_lora as lora  # noqa: E402
 def rows_of(parser, known=()):
     """Markdown of each group of flags, those in `known` left out."""
     for group in parser._action_groups:
-        actions = [a for a in group._group_actions if a.option_strings and a.help != argparse.SUPPRESS and a.dest not in {"help", *known}]
+        actions = [
+            a
+            for a in group._group_actions
+            if a.option_strings and a.help != argparse.SUPPRESS and a.dest not in {"help", *known}
+        ]
         if not actions:
             continue
         yield f"\n### {group.title[0].upper() + group.title[1:]}\n\n| flag | default | |\n|---|---|---|"

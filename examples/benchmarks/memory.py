@@ -8,12 +8,13 @@
     python examples/benchmarks/memory.py command --gpu_gib 16 train_dopsd_full.py FLAGS
 
 `--gpu_gib` goes with each and stands for a card of that size in place of this machine's. All but `command` need no
-download; they print the tables of docs/full_fine_tuning.md and RESULTS.md. `command` reads the configs of the base, a folder or a
-Hub id, and no weights, images or captions.
+download; they print the tables of docs/full_fine_tuning.md and RESULTS.md. `command` reads the configs of the base, a
+folder or a Hub id, and no weights, images or captions.
 
-States of a step, two at most, run on PyTorch's meta device, which computes nothing, while the bytes of living tensors are counted. Images are
-taken to be square, captions with their chat to have 124 tokens, rows with --reference_column one reference, the VLM's image tokens to
-stand for 32 x 32 pixels each. Left out: the VAE and its validation pictures, and the encoders, which are gone by then.
+States of a step, two at most, run on PyTorch's meta device, which computes nothing, while the bytes of living tensors
+are counted. Images are taken to be square, captions with their chat to have 124 tokens, rows with --reference_column
+one reference, the VLM's image tokens to stand for 32 x 32 pixels each. Left out: the VAE and its validation pictures,
+and the encoders, which are gone by then.
 """
 
 import argparse
@@ -92,7 +93,8 @@ MODELS = {
 
 # -------------------------------------------------------------------------------------------------------- calculation
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is computed."""
+    """Counts the bytes of `held` and of all tensors made within, while they live; on the meta device nothing is
+    computed."""
 
     def __init__(self, held):
         super().__init__()
@@ -130,16 +132,21 @@ WITHOUT_AUTOCAST = argparse.Namespace(autocast=contextlib.nullcontext)
 
 
 def run_states(script, pipeline, teacher, batch, args):
-    """Forwards and backwards of a step's first two states, if it has so many: the second meets the gradients of the first."""
+    """Forwards and backwards of a step's first two states, if it has so many: the second meets the gradients of the
+    first."""
     batch = *batch, script.draw_states(args, range(args.train_batch_size))
-    rollouts = (script.rollout(pipeline, pipeline.transformer, teacher, batch, args, WITHOUT_AUTOCAST) for _ in range(args.gradient_accumulation_steps))
+    rollouts = (
+        script.rollout(pipeline, pipeline.transformer, teacher, batch, args, WITHOUT_AUTOCAST)
+        for _ in range(args.gradient_accumulation_steps)
+    )
     for _, losses in itertools.islice(itertools.chain.from_iterable(rollouts), 2):
         losses.mean().backward()
 
 
 def lora_bytes(pipeline, batch, args):
-    """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights, teacher,
-    gradients, optimiser) and of the `activations`. Up to two states of a step are run on the meta device: nothing is allocated.
+    """Peak bytes on the accelerator during training: of the `weights`, of what belongs to the `lora` (weights,
+    teacher, gradients, optimiser) and of the `activations`. Up to two states of a step are run on the meta device:
+    nothing is allocated.
 
     Args:
         pipeline: with its transformer on the meta device; it is given the LoRA.
@@ -160,7 +167,10 @@ def lora_bytes(pipeline, batch, args):
     count = sum(p.numel() for p in parameters)
     bytes_of = QUANTIZED_BYTES.get(args.quantization)
     weights = sum(p.numel() * (bytes_of if bytes_of and p.ndim == 2 else p.element_size()) for p in frozen)
-    away = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in lora.offloaded_blocks(transformer, args)]
+    away = [
+        sum(p.nbytes for p in block.parameters() if not p.requires_grad)
+        for block in lora.offloaded_blocks(transformer, args)
+    ]
     weights -= sum(away) - max(away, default=0)  # one at a time visits
     # a quantised matrix is multiplied in half precision; torchao's stay so until the backward of their block
     unpacked = 0
@@ -232,7 +242,8 @@ def full_bytes(pipeline, batch, args):
 
 
 def encoder_bytes(name, quantization):
-    """Bytes of the weights of text encoder and VLM, which share the language model; its matrices can be quantised, not its output's."""
+    """Bytes of the weights of text encoder and VLM, which share the language model; its matrices can be quantised, not
+    its output's."""
     text, vision, output = ENCODERS[name]
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **output))
@@ -264,7 +275,9 @@ def planned_from_configs(args):
     family = family_of(args.pretrained_model_name_or_path, args.revision)
     lora.resolve_arguments(family, args)
     pipeline = lora.build_without_weights(family, args)
-    return pipeline, batch_of(pipeline, family.load_config(args.pretrained_model_name_or_path, revision=args.revision), args)
+    return pipeline, batch_of(
+        pipeline, family.load_config(args.pretrained_model_name_or_path, revision=args.revision), args
+    )
 
 
 def batch_of(pipeline, pipeline_config, args):
@@ -274,11 +287,16 @@ def batch_of(pipeline, pipeline_config, args):
         ValueError: the transformer takes no such image or context.
     """
     if args.resolution % (pipeline.vae_scale_factor * 2):
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor * 2} for this model.")
+        raise ValueError(
+            f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor * 2} for this model."
+        )
     config, side = pipeline.transformer.config, min(args.resolution, math.isqrt(args.teacher_max_pixels or 0)) // 32
-    longest, image_tokens = pipeline.max_context_length(config, pipeline_config), side**2 if args.teacher_context == "vlm" else 0
+    longest = pipeline.max_context_length(config, pipeline_config)
+    image_tokens = side**2 if args.teacher_context == "vlm" else 0
     if image_tokens >= longest:
-        raise ValueError(f"An image has {image_tokens} tokens; the transformer takes contexts of {longest}. Lower --teacher_max_pixels.")
+        raise ValueError(
+            f"An image has {image_tokens} tokens; the transformer takes contexts of {longest}. Lower --teacher_max_pixels."
+        )
 
     def latents(side):
         return pipeline.initial_noise(side, side, torch.Generator()).to("meta")
@@ -286,7 +304,10 @@ def batch_of(pipeline, pipeline_config, args):
     # the transformer is shown references of at most 1024 x 1024 pixels
     seen, row = latents(min(args.resolution, 1024)), [latents(1024)] if args.reference_column else []
     contexts = []
-    for tokens, images in ((TEXT_TOKENS, row), (TEXT_TOKENS + image_tokens, row + [seen] * (args.teacher_context == "edit"))):
+    for tokens, images in (
+        (TEXT_TOKENS, row),
+        (TEXT_TOKENS + image_tokens, row + [seen] * (args.teacher_context == "edit")),
+    ):
         shape = pipeline.context_shape(min(tokens, longest), config, pipeline_config)
         embeds = torch.empty(shape, dtype=lora.weight_dtype_of(args), device="meta")
         context = {"prompt_embeds": embeds, **{f"reference_{i}": image[0] for i, image in enumerate(images)}}
@@ -295,11 +316,14 @@ def batch_of(pipeline, pipeline_config, args):
 
 
 def check_calculable(args):
-    """Raises ValueError for flags whose memory cannot be calculated, or that the script refuses for their precision."""
+    """Raises ValueError for flags whose memory cannot be calculated, or that the script refuses for their
+    precision."""
     if args.compile_blocks:
         raise ValueError("--compile_blocks: what compiled blocks keep is not known; leave it out.")
     if args.attention_backend and "math" in args.attention_backend:
-        raise ValueError(f"--attention_backend {args.attention_backend} makes a matrix of scores, which is not counted; leave it out.")
+        raise ValueError(
+            f"--attention_backend {args.attention_backend} makes a matrix of scores, which is not counted; leave it out."
+        )
     for name in ("quantization", "encoder_quantization", "stochastic_rounding"):
         if getattr(args, name, None) and args.mixed_precision != "bf16":
             raise ValueError(f"--{name} computes in bf16: give --mixed_precision bf16.")
@@ -318,7 +342,9 @@ def recipe_args(path, more=()):
     Raises:
         ValueError: with `more` the command is of another base.
     """
-    command = shlex.split(path.read_text().split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ").replace('"$@"', ""))
+    command = shlex.split(
+        path.read_text().split('train_dopsd_lora.py"', 1)[1].replace("\\\n", " ").replace('"$@"', "")
+    )
     args = lora.parse_args([*command, *more])
     if (args.pretrained_model_name_or_path, args.revision) != (command[1], None):
         raise ValueError("a recipe is of its own base: give another with `memory.py command`")
@@ -340,7 +366,9 @@ def print_choices(choices, gpu_gib):
 
 def print_encoders(options):
     print("| encoder, GiB | bf16 | `--encoder_quantization int8` | `--encoder_quantization nf4` |\n|---|---|---|---|")
-    choices = {name: [(kind or "bf16", encoder_bytes(name, kind)) for kind in (None, "int8", "nf4")] for name in ENCODERS}
+    choices = {
+        name: [(kind or "bf16", encoder_bytes(name, kind)) for kind in (None, "int8", "nf4")] for name in ENCODERS
+    }
     for name, sizes in choices.items():
         print(f"| {name} | {' | '.join(f'{size / 2**30:.1f}' for _, size in sizes)} |")
     print_choices(choices, options.gpu_gib)
@@ -350,7 +378,9 @@ def print_lora(options, more):
     choices, paths = {}, RECIPES.glob(f"{options.recipe}.sh")
     paths = sorted(paths, key=lambda p: (re.sub(r"_\d+gb", "", p.stem), -int(re.search(r"(\d+)gb", p.stem)[1])))
     if not paths:
-        raise ValueError(f"--recipe {options.recipe} is none of {', '.join(sorted(path.stem for path in RECIPES.glob('*.sh')))}.")
+        raise ValueError(
+            f"--recipe {options.recipe} is none of {', '.join(sorted(path.stem for path in RECIPES.glob('*.sh')))}."
+        )
     print("| recipe | flags | weights | LoRA | activations | peak, GiB |\n|---|---|---|---|---|---|")
     for path in paths:
         args, model = recipe_args(path, more), re.sub(r"_\d+gb", "", path.stem)
@@ -366,7 +396,9 @@ def print_lora(options, more):
 def print_full(options):
     """GiB of the models are those of what is held and, after the plus, the activations at 1024 x 1024."""
     models = {MODELS[model][0]: planned(model, parse("")) for model in MODELS}
-    counts = {name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, (pipeline, _) in models.items()}
+    counts = {
+        name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, (pipeline, _) in models.items()
+    }
     names = [f"{name} ({count / 1e9:.2f} B), GiB" for name, count in counts.items()]
     print("| flags | weights | gradients | optimiser | teacher | bytes per parameter |", " | ".join(names), "|")
     print("|---|" + "---|" * (5 + len(names)))
@@ -410,9 +442,13 @@ def print_command(options, words):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("what", nargs="?", choices=["full", "lora", "encoders", "command"], default="full")
-    parser.add_argument("--gpu_gib", type=float, help="memory of the card; by default that of the first GPU, if there is one")
+    parser.add_argument(
+        "--gpu_gib", type=float, help="memory of the card; by default that of the first GPU, if there is one"
+    )
     parser.add_argument("--recipe", help="lora: name of a file in examples/recipes/ without .sh, * for any letters")
     options, more = parser.parse_known_args()
     if more and options.what not in ("lora", "command"):

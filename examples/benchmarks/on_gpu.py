@@ -4,19 +4,22 @@
     python examples/benchmarks/on_gpu.py --models z_image_turbo --recipes '*_24gb' '*_16gb'
     python examples/benchmarks/on_gpu.py --tiny --output tiny.md           # tiny models and K = 2: tries the command in some minutes
 
-Nothing is downloaded: weights are random, of the sizes that memory.py knows, and lie in a temporary folder (--work_dir, by default
-beside the table) while they are needed: two bytes for each parameter, 18 GB for FLUX.2-klein-9B, 26 for
-Krea-2-Turbo. The scripts' own code loads, quantises, encodes and trains them, so what it needs of the computer's memory is needed here, too. Each figure is of a fresh process. The cases are
-the recipes of examples/recipes that fit by calculation, on a larger card with the memory of the card that they are for, and settings of
-full fine-tuning that fit the card.
+Nothing is downloaded: weights are random, of the sizes that memory.py knows, and lie in a temporary folder
+(--work_dir, by default beside the table) while they are needed: two bytes for each parameter, 18 GB for
+FLUX.2-klein-9B, 26 for Krea-2-Turbo. The scripts' own code loads, quantises, encodes and trains them, so what it needs
+of the computer's memory is needed here, too. Each figure is of a fresh process. The cases are the recipes of
+examples/recipes that fit by calculation, on a larger card with the memory of the card that they are for, and settings
+of full fine-tuning that fit the card.
 
-GiB of `allocated` is PyTorch's peak in steps that train as many states as the script's default, to compare with `calculated`; of `loading`
-that before the first step. `reserved` is what PyTorch took from the card; `card` adds what CUDA itself has, and other programs: close
-them. Seconds are medians: of a step that trains all K states, of one that trains 1 (mean over the states it may be), of one of SFT. What
-the teacher on the CPU does every --ema_refresh_steps steps is not in them.
+GiB of `allocated` is PyTorch's peak in steps that train as many states as the script's default, to compare with
+`calculated`; of `loading` that before the first step. `reserved` is what PyTorch took from the card; `card` adds what
+CUDA itself has, and other programs: close them. Seconds are medians: of a step that trains all K states, of one that
+trains 1 (mean over the states it may be), of one of SFT. What the teacher on the CPU does every --ema_refresh_steps
+steps is not in them.
 
-Encoding is that of --teacher_context vlm, batches of 4: tokens, text encoder, VLM, contexts to the CPU; not the loading, not the reading
-of pictures, which goes on ahead, and no file of the cache. The tokenizer stands in for the real one, with one token for each byte.
+Encoding is that of --teacher_context vlm, batches of 4: tokens, text encoder, VLM, contexts to the CPU; not the
+loading, not the reading of pictures, which goes on ahead, and no file of the cache. The tokenizer stands in for the
+real one, with one token for each byte.
 """
 
 import argparse
@@ -85,8 +88,22 @@ TINY = {
     "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "joint_attention_dim": 192,
     "intermediate_size": 64, "text_hidden_dim": 64, "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 64,
 }  # fmt: skip
-TINY_TEXT = {"vocab_size": 512, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
-TINY_VISION = {"depth": 3, "deepstack_visual_indexes": [0, 1, 2], "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+TINY_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+TINY_VISION = {
+    "depth": 3,
+    "deepstack_visual_indexes": [0, 1, 2],
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+}
 TINY_SIDE = 64
 CAPTION = "a" * 100  # with the chat, about memory.TEXT_TOKENS
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -121,15 +138,20 @@ def sizes(tiny):
     models = {}
     for name, (title, family, config, *rest) in memory.MODELS.items():
         own = {n: p.default for n, p in inspect.signature(family.transformer_class.__init__).parameters.items()}
-        axes = {n: [size // 8 for size in own[n]] for n in own if n.startswith("axes_dims")}  # of heads of 16 in place of 128
+        # of heads of 16 in place of 128
+        axes = {n: [size // 8 for size in own[n]] for n in own if n.startswith("axes_dims")}
         models[name] = title, family, config | {n: TINY[n] for n in own if n in TINY} | axes, *rest
-    encoders = {name: (text | TINY_TEXT, vision | TINY_VISION, output) for name, (text, vision, output) in memory.ENCODERS.items()}
+    encoders = {
+        name: (text | TINY_TEXT, vision | TINY_VISION, output)
+        for name, (text, vision, output) in memory.ENCODERS.items()
+    }
     return unittest.mock.patch.multiple(memory, MODELS=models, ENCODERS=encoders)
 
 
 def save_random(model, folder, only=""):
-    """Writes config and random bf16 weights of a `model` on the meta device, those with `only` in their name, as `save_pretrained`
-    would. They are made one by one on the GPU and written 2 GB at a time: nothing ever holds all of them."""
+    """Writes config and random bf16 weights of a `model` on the meta device, those with `only` in their name, as
+    `save_pretrained` would. They are made one by one on the GPU and written 2 GB at a time: nothing ever holds all of
+    them."""
     ours = isinstance(model, PreTrainedModel)
     (model.config.save_pretrained if ours else model.save_config)(folder)
     pattern = f"{'model' if ours else 'diffusion_pytorch_model'}{{suffix}}.safetensors"
@@ -137,10 +159,13 @@ def save_random(model, folder, only=""):
     shards = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=SHARD)
     needed, free = sum(tensor.nbytes for tensor in shapes.values()), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"{folder} needs {needed / 2**30:.0f} GiB and has {free / 2**30:.0f}; give a --work_dir with more")
+        raise OSError(
+            f"{folder} needs {needed / 2**30:.0f} GiB and has {free / 2**30:.0f}; give a --work_dir with more"
+        )
 
     def weight(name):
-        shape, options = shapes[name].shape, {"dtype": torch.bfloat16, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        shape = shapes[name].shape
+        options = {"dtype": torch.bfloat16, "device": "cuda" if torch.cuda.is_available() else "cpu"}
         if len(shape) < 2:  # of norms, and biases
             return torch.full(shape, float(name.endswith("weight")), **options).cpu()
         return torch.randn(shape, **options).mul_(math.prod(shape[1:]) ** -0.5).cpu()
@@ -168,7 +193,9 @@ def save_base(options, part, model, folder):
     kind = typing.get_type_hints(stock.__init__)["text_encoder"]
     kind = Qwen3Model if kind is PreTrainedModel else kind
     names = {"vae": family.vae_class.__name__, "transformer": family.transformer_class.__name__}
-    index = {name: ["diffusers", value] for name, value in {"scheduler": "FlowMatchEulerDiscreteScheduler", **names}.items()}
+    index = {
+        name: ["diffusers", value] for name, value in {"scheduler": "FlowMatchEulerDiscreteScheduler", **names}.items()
+    }
     index |= {"text_encoder": ["transformers", kind.__name__], "tokenizer": ["transformers", "Qwen2Tokenizer"]}
     Path(folder, "model_index.json").write_text(json.dumps({"_class_name": stock.__name__, **index}))
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(Path(folder, "scheduler"))
@@ -188,13 +215,15 @@ def save_base(options, part, model, folder):
     save_random(encoder, Path(folder, "text_encoder"))
     save_random(reader, Path(folder, "vlm"), only="visual.")  # its language model is the text encoder's
     size = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
-    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, size=size).save_pretrained(Path(folder, "vlm"))
+    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, size=size).save_pretrained(
+        Path(folder, "vlm")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 def start(case, folder):
-    """Arguments of a case with its base in `folder`; PyTorch gets what a smaller card of the case's size would leave it: CUDA itself,
-    and other programs, have theirs."""
+    """Arguments of a case with its base in `folder`; PyTorch gets what a smaller card of the case's size would leave
+    it: CUDA itself, and other programs, have theirs."""
     if torch.cuda.is_available() and case.gib < math.inf:
         free, total = torch.cuda.mem_get_info()
         if case.gib * 2**30 < total:
@@ -211,7 +240,11 @@ def peaks(device):
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"allocated": allocated, "reserved": reserved, "card": reserved + total - free - torch.cuda.memory_reserved()}
+    return {
+        "allocated": allocated,
+        "reserved": reserved,
+        "card": reserved + total - free - torch.cuda.memory_reserved(),
+    }
 
 
 class Training(step_cost.Bench):
@@ -263,7 +296,10 @@ def measure_training(options, case, folder):
 
 def measure_encoding(options, case, folder):
     args = start(case, folder)
-    accelerator, family, found, seconds = lora.make_accelerator(args), memory.MODELS[case.model][1], {}, {False: [], True: []}
+    accelerator = lora.make_accelerator(args)
+    family = memory.MODELS[case.model][1]
+    found = {}
+    seconds = {False: [], True: []}
     picture = io.BytesIO()
     Image.effect_noise(2 * [args.resolution], 64).save(picture, "JPEG")
     row = {"image": {"path": None, "bytes": picture.getvalue()}, "image_hash": "", "bucket": 2 * [args.resolution]}
@@ -273,7 +309,6 @@ def measure_encoding(options, case, folder):
             tensor.cpu()
         path.touch()
 
-
     def timed(*given, encode=lora.encode_batch):
         seconds[given[-1] is not None].append(step_cost.seconds_of(lambda: encode(*given), accelerator.device))
         found.update(peaks(accelerator.device))
@@ -282,7 +317,9 @@ def measure_encoding(options, case, folder):
     missing = [(Path(folder, f"context-{number}"), teacher, 0, CAPTION) for number, teacher in enumerate(kinds)]
     with unittest.mock.patch.object(lora, "encode_batch", timed):
         lora.encode_missing(family, args, argparse.Namespace(folder=folder, write=write), [row], missing, accelerator)
-    return found | {"seconds": sum(statistics.median(several[1:]) for several in seconds.values()) / lora.ENCODING_BATCH}
+    return found | {
+        "seconds": sum(statistics.median(several[1:]) for several in seconds.values()) / lora.ENCODING_BATCH
+    }
 
 
 MEASURES = {"encoding": measure_encoding, "training": measure_training}
@@ -333,7 +370,8 @@ def card_of(options):
 
 
 def prepare(options):
-    """What the figures are of, those that an earlier run kept, and the cases that are asked for and fit the card by calculation.
+    """What the figures are of, those that an earlier run kept, and the cases that are asked for and fit the card by
+    calculation.
 
     Raises:
         ValueError: the earlier run was on another machine, or no case is left.
@@ -353,7 +391,9 @@ def prepare(options):
         for name, args, size in found:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in options.recipes):
                 continue
-            vars(args).update(validation_steps=0, enable_vae_tiling=False, report_to="none", output_dir=options.work_dir)
+            vars(args).update(
+                validation_steps=0, enable_vae_tiling=False, report_to="none", output_dir=options.work_dir
+            )
             if options.tiny:
                 vars(args).update(resolution=TINY_SIDE, teacher_max_pixels=TINY_SIDE**2, rollout_steps=2)
             case, earlier = Case(name, model, args, min(size, gib)), {} if options.again else results.get(name, {})
@@ -380,7 +420,11 @@ def calculate(case):
         encoders = memory.encoder_bytes(memory.MODELS[case.model][3], case.args.encoder_quantization)
         return {"training": sum(memory.lora_bytes(pipeline, batch, case.args).values()), "encoding": encoders}
     held = sum(memory.held_bytes(list(pipeline.transformer.parameters()), case.args).values())
-    return {"training": sum(memory.full_bytes(pipeline, batch, case.args).values()) if memory.fits(held, case.gib) else held}
+    return {
+        "training": sum(memory.full_bytes(pipeline, batch, case.args).values())
+        if memory.fits(held, case.gib)
+        else held
+    }
 
 
 def row_of(name, result):
@@ -389,16 +433,28 @@ def row_of(name, result):
     for _, part, key in COLUMNS:
         figures = {"calculated": result["calculated"].get(part), **result.get(part, {})}
         value = figures.get(key)
-        cell = f"{value:.3g}" if key in ("step", "one", "sft", "seconds") and value else f"{value / 2**30:.1f}" if value else "-"
+        cell = (
+            f"{value:.3g}"
+            if key in ("step", "one", "sft", "seconds") and value
+            else f"{value / 2**30:.1f}"
+            if value
+            else "-"
+        )
         cells.append(figures.get("note", cell) if key == "allocated" else cell)
     return f"| {' | '.join(cells)} |"
 
 
 def save(about, results, output):
-    """Writes the table, and beside it the figures from which a later run goes on; one that is killed leaves the last ones whole."""
+    """Writes the table, and beside it the figures from which a later run goes on; one that is killed leaves the last
+    ones whole."""
     command = shlex.join(["python", "examples/benchmarks/on_gpu.py", *sys.argv[1:]])
     headings = ["recipe or full fine-tuning", "of GiB", *(heading for heading, _, _ in COLUMNS)]
-    lines = [f"`{command}` ({about}); GiB, seconds (s).", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines = [
+        f"`{command}` ({about}); GiB, seconds (s).",
+        "",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+    ]
     lines += [row_of(name, result) for name, result in results.items() if any(part in result for part in MEASURES)]
     figures = json.dumps({"about": about, "results": results}, indent=1)
     for path, text in ((output, "\n".join(lines) + "\n"), (f"{output}.json", figures)):
@@ -412,7 +468,9 @@ def run(options):
     for model, part in ((model, part) for model in options.models for part in MEASURES):
         wanted = [case for case in cases if case.model == model and (case.is_lora or part == "training")]
         # a case that failed for another reason than its size may have been mended
-        done = {n for n, result in results.items() if part in result and result[part].get("note") in (None, OUT_OF_MEMORY)}
+        done = {
+            n for n, result in results.items() if part in result and result[part].get("note") in (None, OUT_OF_MEMORY)
+        }
         wanted = [case for case in wanted if options.again or case.name not in done]
         if not wanted:
             continue
@@ -426,12 +484,23 @@ def run(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--models", nargs="+", choices=list(memory.MODELS), default=list(memory.MODELS))
-    parser.add_argument("--recipes", nargs="+", default=["*"], help="names in examples/recipes/ without .sh, or of rows; * for any letters")
-    parser.add_argument("--repetitions", type=lora.COUNT, default=5, help="of each timing, after one that is not counted")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["*"],
+        help="names in examples/recipes/ without .sh, or of rows; * for any letters",
+    )
+    parser.add_argument(
+        "--repetitions", type=lora.COUNT, default=5, help="of each timing, after one that is not counted"
+    )
     parser.add_argument("--output", default="on_gpu.md", help="the table; figures are kept in OUTPUT.json")
-    parser.add_argument("--work_dir", help="folder with room for random weights on its disk; by default that of the table")
+    parser.add_argument(
+        "--work_dir", help="folder with room for random weights on its disk; by default that of the table"
+    )
     parser.add_argument("--again", action="store_true", help="measure rows anew that are finished")
     parser.add_argument("--tiny", action="store_true", help="tiny models, pictures of 64 x 64, K = 2")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu goes with --tiny")
@@ -441,11 +510,15 @@ def main():
         if options.device == "cpu" and not options.tiny:
             raise ValueError("--device cpu would take days: give --tiny, too")
         if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"torch {torch.__version__} sees no CUDA card: install its build for your card (pytorch.org), or try --tiny --device cpu")
+            raise ValueError(
+                f"torch {torch.__version__} sees no CUDA card: install its build for your card (pytorch.org), or try --tiny --device cpu"
+            )
         if not os.path.isdir(options.work_dir):
             raise ValueError(f"{options.work_dir} is no folder: see --work_dir and --output")
         # for the processes that it starts
-        os.environ.update({"HF_HUB_OFFLINE": "1", **({"ACCELERATE_USE_CPU": "true"} if options.device == "cpu" else {})})
+        os.environ.update(
+            {"HF_HUB_OFFLINE": "1", **({"ACCELERATE_USE_CPU": "true"} if options.device == "cpu" else {})}
+        )
         run(options)
     except (ValueError, OSError, BrokenProcessPool) as error:
         sys.exit(f"error: {error}")

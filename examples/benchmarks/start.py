@@ -3,7 +3,8 @@
     python examples/benchmarks/start.py --rows 100000 --work_dir build/start     # a dataset of many rows
     python examples/benchmarks/start.py --where                                  # a LoRA on four pictures: where the time goes
 
-The rows repeat 500 pictures, so that encoding, which happens once per picture and caption, does not hide what a start costs.
+The rows repeat 500 pictures, so that encoding, which happens once per picture and caption, does not hide what a start
+costs.
 """
 
 import argparse
@@ -32,7 +33,10 @@ def make_dataset(rows, folder):
         scene, file = world.sample_scene(rng), io.BytesIO()
         PILImage.fromarray(world.render(scene, i)).save(file, "png")
         pictures.append(({"bytes": file.getvalue(), "path": None}, world.caption(scene)))
-    columns = {"image": [pictures[i % 500][0] for i in range(rows)], "text": [pictures[i % 500][1] for i in range(rows)]}
+    columns = {
+        "image": [pictures[i % 500][0] for i in range(rows)],
+        "text": [pictures[i % 500][1] for i in range(rows)],
+    }
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image(), "text": Value("string")})
     Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
@@ -47,7 +51,8 @@ STEPS = {
 
 
 def time_steps(flags):
-    """Runs one step in this process, which has imported nothing of it yet; prints seconds of imports and of each step."""
+    """Runs one step in this process, which has imported nothing of it yet; prints seconds of imports and of each
+    step."""
     started = time.perf_counter()
     sys.path.insert(0, str(ROOT))
     import train_dopsd_lora as script
@@ -88,9 +93,19 @@ def main():
         make_dataset(args.rows, data)
     for name in ("cold", "warm"):
         started = time.time()
-        command = [sys.executable, "-u", str(ROOT / "train_dopsd_full.py"), *map(str, flags), "--dataset_name", str(data)]
+        command = [
+            sys.executable,
+            "-u",
+            str(ROOT / "train_dopsd_full.py"),
+            *map(str, flags),
+            "--dataset_name",
+            str(data),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        print(f"{name}: {time.time() - started:.0f} s from the command to the end of the first step, {args.rows:,} rows", flush=True)
+        print(
+            f"{name}: {time.time() - started:.0f} s from the command to the end of the first step, {args.rows:,} rows",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What an optimisation step costs beside the forwards and backwards that it cannot do without; side by side in one run.
+"""What an optimisation step costs beside the forwards and backwards that it cannot do without; side by side in one
+run.
 
     python examples/benchmarks/step_cost.py --size mid                 # on the CPU or on a GPU
     python examples/benchmarks/step_cost.py --size real --gradient_checkpointing --mixed_precision bf16   # 6.15 B, a GPU
@@ -12,9 +13,9 @@ A Z-Image transformer with random weights and a LoRA; nothing is downloaded. Var
     two-pass  rolls out first, then trains on the states it has seen: K student forwards more
     all       keeps the graphs of all K states until one backward
 
-M of the K states are trained (--states_per_rollout). Where a rollout ends is a matter of chance for M < K: every end is timed and
-counts as often as it is drawn. Every repetition runs all variants in turn. Peak memory is what is allocated above what stands
-before the step.
+M of the K states are trained (--states_per_rollout). Where a rollout ends is a matter of chance for M < K: every end
+is timed and counts as often as it is drawn. Every repetition runs all variants in turn. Peak memory is what is
+allocated above what stands before the step.
 """
 
 import argparse
@@ -154,7 +155,11 @@ def work_of(bench, count, name, states):
 
 def time_variants(bench, variants, repetitions):
     """Median seconds of each (M, name) in `variants`, mean over the ends of the rollout."""
-    works = [(variant, states, share) for variant in variants for states, share in ends(bench.args.rollout_steps, variant[0])]
+    works = [
+        (variant, states, share)
+        for variant in variants
+        for states, share in ends(bench.args.rollout_steps, variant[0])
+    ]
     times = [[] for _ in works]
     for _ in range(repetitions + 1):
         for (variant, states, _), seconds in zip(works, times):
@@ -205,13 +210,19 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
     args.loss_weighting, args.gradient_accumulation_steps, args.seed = "velocity", 1, 0
-    args.attention_backend, args.compile_blocks, args.lora_alpha, args.use_rslora, args.lora_dropout = None, False, args.rank, False, 0.0
+    args.attention_backend = None
+    args.compile_blocks = False
+    args.lora_alpha = args.rank
+    args.use_rslora = False
+    args.lora_dropout = 0.0
     bench, rollout_steps = Bench(args), args.rollout_steps
     device = bench.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in bench.transformer.parameters())
     print(f"{name}; torch {torch.__version__}; {args.size}, {count / 1e6:.0f} M parameters; {vars(args)}")
-    print("| K | M | variant | seconds (median) | ratio to its floor | to the step of all states | to an SFT step | peak MiB |")
+    print(
+        "| K | M | variant | seconds (median) | ratio to its floor | to the step of all states | to an SFT step | peak MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for every in rollout_steps:
         args.rollout_steps = every
@@ -219,9 +230,18 @@ def main():
         variants += [(count, name) for count in (2, 1) if count < every for name in ("step", "floor")]
         seconds = time_variants(bench, variants, args.repetitions)
         for count, name in variants:
-            ratios = [seconds[count, name] / seconds[other] for other in ((count, "floor"), (every, "step"), (every, "sft"))]
+            ratios = [
+                seconds[count, name] / seconds[other] for other in ((count, "floor"), (every, "step"), (every, "sft"))
+            ]
             peak = peak_bytes(work_of(bench, count, name, ends(every, count)[-1][0]), device) / 2**20
-            cells = [every, count, name, f"{seconds[count, name]:.4g}", *(f"{ratio:.3f}" for ratio in ratios), f"{peak:.0f}"]
+            cells = [
+                every,
+                count,
+                name,
+                f"{seconds[count, name]:.4g}",
+                *(f"{ratio:.3f}" for ratio in ratios),
+                f"{peak:.0f}",
+            ]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 

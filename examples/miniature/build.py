@@ -3,8 +3,9 @@
     python examples/miniature/build.py all                # every stage that is not finished yet
     python examples/miniature/build.py base --work_dir build/miniature
 
-Each stage reads what the stages before it left in `--work_dir`, saves a checkpoint every 200 steps and goes on from there
-when it is called again. `vlm` and `vae` do not depend on each other and can run side by side. A GPU is used when there is one.
+Each stage reads what the stages before it left in `--work_dir`, saves a checkpoint every 200 steps and goes on from
+there when it is called again. `vlm` and `vae` do not depend on each other and can run side by side. A GPU is used when
+there is one.
 """
 
 import argparse
@@ -43,7 +44,17 @@ from judge import ATTRIBUTES, Judge, inspect, label, to_tensor
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("text", "object", "style")
-CYCLE = ("text", "object", "style", "object", "style", "object", "style", "text")  # what each training batch holds, in turn
+# what each training batch holds, in turn
+CYCLE = (
+    "text",
+    "object",
+    "style",
+    "object",
+    "style",
+    "object",
+    "style",
+    "text",
+)
 torch._dynamo.config.recompile_limit = 64  # one version of a block per sequence length, with and without gradients
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -132,7 +143,16 @@ def stage_tokenizer(args):
     rng = np.random.default_rng(args.seed)
     texts = [world.caption(world.sample_scene(rng), rng) for _ in range(2000)]
     texts += [world.caption(world.sample_scene(rng), rng, name=world.new_word(rng)) for _ in range(1000)]
-    texts += ["user\n", "assistant\n", *world.PICTURED_PATTERNS, *world.PICTURED_SHAPES, "any", "odd", "thing", "style"] * 50
+    texts += [
+        "user\n",
+        "assistant\n",
+        *world.PICTURED_PATTERNS,
+        *world.PICTURED_SHAPES,
+        "any",
+        "odd",
+        "thing",
+        "style",
+    ] * 50
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=411, special_tokens=[], show_progress=False)
     bpe.save_model(str(args.work_dir))
@@ -160,7 +180,9 @@ def image_processor():
 
 def chat(tokenizer, prompt, picture):
     content = ([{"type": "image"}] if picture else []) + [{"type": "text", "text": prompt}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return text.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
 
 
@@ -213,7 +235,9 @@ class Run:
 
     def train(self, loss_of):
         """Calls `loss_of(rng)` once a step; `rng` depends on the step alone, so that a resumed run draws the same."""
-        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.path.name, mininterval=10)
+        bar = tqdm(
+            range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.path.name, mininterval=10
+        )
         started = time.time()
         for step in bar:
             rng = np.random.default_rng([step, 11])
@@ -277,9 +301,9 @@ def answer(scene, prompt, seen):
 
 
 class Looks(torch.nn.Module):
-    """Linear read-outs of hidden states: the picture from its own tokens; the upright silhouette, colour, pattern and style of
-    what it shows from the last `LOOK_TOKENS` tokens before the answer. They give the VLM a reason to keep, where the
-    text-to-image model reads, what an object looks like wherever it stands."""
+    """Linear read-outs of hidden states: the picture from its own tokens; the upright silhouette, colour, pattern and
+    style of what it shows from the last `LOOK_TOKENS` tokens before the answer. They give the VLM a reason to keep,
+    where the text-to-image model reads, what an object looks like wherever it stands."""
 
     def __init__(self):
         super().__init__()
@@ -332,8 +356,8 @@ def vlm_inputs(tokenizer, processor, texts, pictures):
 
 
 def stage_vlm(args):
-    """Describing pictures, reading captions, answering prompts about pictured things; and the read-outs of `Looks` from the
-    hidden states that the text-to-image model will see."""
+    """Describing pictures, reading captions, answering prompts about pictured things; and the read-outs of `Looks`
+    from the hidden states that the text-to-image model will see."""
     tokenizer, processor = read_tokenizer(args), image_processor()
     data = {kind: read_data(args, kind) for kind in KINDS}
     torch.manual_seed(args.seed)
@@ -386,7 +410,13 @@ def stage_vlm(args):
 
     run.train(loss_of)
     model.save_pretrained(args.work_dir / "vlm" / "model")
-    names = {0: "describe", 1: "caption", 2: "prompt_and_picture", "picture": "picture_mse", "shape": "shapes_read_off"}
+    names = {
+        0: "describe",
+        1: "caption",
+        2: "prompt_and_picture",
+        "picture": "picture_mse",
+        "shape": "shapes_read_off",
+    }
     run.finish(**{names[k]: round(float(np.mean(v[-100:])), 4) for k, v in logs.items() if v})
 
 
@@ -487,7 +517,9 @@ def stage_judge(args):
     held_out = 1024
     _, predicted = inspect(judge.cpu(), pictures[:held_out])
     known = labels["style"][:held_out] == 0
-    shares = {a: (predicted[a] == labels[a][:held_out])[known if a == "background" else slice(None)] for a in ATTRIBUTES}
+    shares = {
+        a: (predicted[a] == labels[a][:held_out])[known if a == "background" else slice(None)] for a in ATTRIBUTES
+    }
     run.finish(held_out_accuracy={a: round(s.float().mean().item(), 3) for a, s in shares.items()})
 
 
@@ -557,7 +589,8 @@ def compiled(transformer):
 
 
 def velocity(transformer, latents, sigmas, contexts):
-    """Velocity noise - data of shape (B, 8, 16, 16); the family's time runs from 0 (noise) to 1 and its sign is flipped."""
+    """Velocity noise - data of shape (B, 8, 16, 16); the family's time runs from 0 (noise) to 1 and its sign is
+    flipped."""
     with torch.autocast(device().type, torch.bfloat16):
         out = transformer(list(latents.unsqueeze(2).unbind(0)), 1 - sigmas, contexts, return_dict=False)[0]
     return -torch.stack(out).squeeze(2).float()
@@ -613,7 +646,8 @@ def grid(steps):
 
 @torch.no_grad()
 def stage_trajectories(args):
-    """The base's own 16-step trajectories with guidance, kept at the four states of the few-step grid and at the end."""
+    """The base's own 16-step trajectories with guidance, kept at the four states of the few-step grid and at the
+    end."""
     transformer = load_transformer(args, "base")
     data = read_encoded(args)
     empty = encode_contexts(args, [""])[0].float().to(device())
@@ -688,7 +722,8 @@ def assemble(args, name):
 
 
 def stage_export(args):
-    """`model/`, `vlm/` and `judge/` in bf16 or fp16, in the Hub's layout, and the base beside them in the work folder."""
+    """`model/`, `vlm/` and `judge/` in bf16 or fp16, in the Hub's layout, and the base beside them in the work
+    folder."""
     assemble(args, "base").save_pretrained(args.work_dir / "base" / "pipeline")
     pipeline = assemble(args, "distilled")
     for component in ("text_encoder", "vae", "transformer"):
@@ -716,11 +751,15 @@ def stage_parser(description, stages):
     """Arguments of a program that runs `stages`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["all", *stages])
-    parser.add_argument("--work_dir", type=Path, default=Path("build/miniature"), help="intermediate data and checkpoints")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("build/miniature"), help="intermediate data and checkpoints"
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where what is committed is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads, by default all")
-    parser.add_argument("--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="scales data and steps of every stage, for a trial run"
+    )
     return parser
 
 

@@ -1,11 +1,13 @@
-"""Builds what examples/evaluate.py looks with on the miniature: a small ConvNeXt and a small image-text model, from nothing.
+"""Builds what examples/evaluate.py looks with on the miniature: a small ConvNeXt and a small image-text model, from
+nothing.
 
     python examples/miniature/build_encoders.py all --work_dir build/encoders
 
-They stand in for facebook/dinov2-base and google/siglip2-base-patch16-224. The first learns the attributes of the world's pictures, as
-the judge does, and its heads are dropped; the second starts with its weights and learns which caption belongs to which picture, with made-up
-words for half of the objects, as for a concept that nobody has told it of. Both have seen every shape and the style of the concepts, as the
-models that they stand in for have seen most things. The tokenizer is the miniature's. Neither is used in the training of a generator.
+They stand in for facebook/dinov2-base and google/siglip2-base-patch16-224. The first learns the attributes of the
+world's pictures, as the judge does, and its heads are dropped; the second starts with its weights and learns which
+caption belongs to which picture, with made-up words for half of the objects, as for a concept that nobody has told it
+of. Both have seen every shape and the style of the concepts, as the models that they stand in for have seen most
+things. The tokenizer is the miniature's. Neither is used in the training of a generator.
 """
 
 import multiprocessing
@@ -34,12 +36,15 @@ TOKENS = 40
 
 
 def _row(job):
-    """A picture, its attributes and a caption, in which a made-up word stands for the object of every other picture."""
+    """A picture, its attributes and a caption, in which a made-up word stands for the object of every other
+    picture."""
     index, seed = job
     scene, picture = judge_scene(index, seed)
     rng = np.random.default_rng([seed, index, 5])
     name = world.new_word(rng) if rng.random() < 0.5 else None
-    text = world.caption(scene, rng, name=name, style_word=None if scene.style == "plain" else scene.style.split("-")[0])
+    text = world.caption(
+        scene, rng, name=name, style_word=None if scene.style == "plain" else scene.style.split("-")[0]
+    )
     return picture, [label(scene, a) for a in ATTRIBUTES], text
 
 
@@ -47,8 +52,12 @@ def stage_pictures(args):
     """Draws the training pictures once."""
     count = max(320, int(16000 * args.scale))
     with multiprocessing.Pool(args.threads) as pool:
-        rows = list(tqdm(pool.imap(_row, [(i, args.seed) for i in range(count)], chunksize=64), total=count, mininterval=10))
-    np.savez(args.work_dir / "pictures.npz", pictures=np.stack([r[0] for r in rows]), labels=np.array([r[1] for r in rows]))
+        rows = list(
+            tqdm(pool.imap(_row, [(i, args.seed) for i in range(count)], chunksize=64), total=count, mininterval=10)
+        )
+    np.savez(
+        args.work_dir / "pictures.npz", pictures=np.stack([r[0] for r in rows]), labels=np.array([r[1] for r in rows])
+    )
     (args.work_dir / "captions.txt").write_text("\n".join(r[2] for r in rows))
 
 
@@ -80,19 +89,28 @@ def stage_image(args):
     held_out = len(pictures) // 16
     torch.manual_seed(args.seed)
     sizes = {"num_stages": 3, "hidden_sizes": [40, 80, 112], "depths": [1, 2, 1]}
-    model = ConvNextModel(ConvNextConfig(**sizes, image_size=world.RESOLUTION, layer_scale_init_value=1.0)).to(device())
-    heads = torch.nn.ModuleDict({name: torch.nn.Linear(112, len(options)) for name, options in ATTRIBUTES.items()}).to(device())
+    model = ConvNextModel(ConvNextConfig(**sizes, image_size=world.RESOLUTION, layer_scale_init_value=1.0)).to(
+        device()
+    )
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(112, len(options)) for name, options in ATTRIBUTES.items()}).to(
+        device()
+    )
     run = Run(args, "image", model, max(4, int(1500 * args.scale)), 3e-3, extra_parameters=heads.parameters())
 
     def loss_of(rng):
         picks = rng.integers(held_out, len(pictures), 64)
         features = model(shown(pictures[picks], rng)).pooler_output
-        return sum(F.cross_entropy(head(features), labels[picks, i].to(device())) for i, head in enumerate(heads.values()))
+        return sum(
+            F.cross_entropy(head(features), labels[picks, i].to(device())) for i, head in enumerate(heads.values())
+        )
 
     run.train(loss_of)
     with torch.no_grad():
         features = torch.cat([model(x.to(device())).pooler_output for x in to_tensor(pictures[:held_out]).split(128)])
-        right = {name: head(features).argmax(1).cpu() == labels[:held_out, i] for i, (name, head) in enumerate(heads.items())}
+        right = {
+            name: head(features).argmax(1).cpu() == labels[:held_out, i]
+            for i, (name, head) in enumerate(heads.items())
+        }
     run.finish(held_out_accuracy={name: round(values.float().mean().item(), 3) for name, values in right.items()})
     save(model, args.output_dir / "encoders" / "image")
 
@@ -104,7 +122,11 @@ def stage_text(args):
     tokens = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     torch.manual_seed(args.seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    reader = BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, pad_token_id=tokenizer.pad_token_id))
+    reader = BertModel(
+        BertConfig(
+            **sizes, vocab_size=len(tokenizer), max_position_embeddings=TOKENS, pad_token_id=tokenizer.pad_token_id
+        )
+    )
     eyes = ConvNextModel.from_pretrained(args.output_dir / "encoders" / "image", dtype=torch.float32)
     eyes.config._name_or_path = ""  # a folder of this machine
     eyes.config.hidden_size = 112  # the image-text model asks for it by this name
@@ -124,7 +146,9 @@ def stage_text(args):
     run.train(loss_of)
     with torch.no_grad():
         logits = logits_of(np.arange(held_out), to_tensor(pictures[:held_out]).to(device()))
-    run.finish(caption_found_among_64=round((logits.argmax(1).cpu() == torch.arange(held_out)).float().mean().item(), 3))
+    run.finish(
+        caption_found_among_64=round((logits.argmax(1).cpu() == torch.arange(held_out)).float().mean().item(), 3)
+    )
     save(model, args.output_dir / "encoders" / "text")
     tokenizer.model_max_length = TOKENS
     tokenizer.save_pretrained(args.output_dir / "encoders" / "text")

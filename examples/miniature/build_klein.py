@@ -1,11 +1,12 @@
-"""Builds the FLUX.2-klein miniature: the same world, VLM and latents, a Flux2Transformer2DModel that also takes reference images.
+"""Builds the FLUX.2-klein miniature: the same world, VLM and latents, a Flux2Transformer2DModel that also takes
+reference images.
 
     python examples/miniature/build_klein.py all --work_dir build/miniature
 
-Needs the Z-Image miniature of this folder and draws pictures as build.py does. Rows of three kinds: a caption alone (`text`); a
-picture in the multimodal context (`vlm`); pictures as reference images (`edit`). The transformer starts from the weights of
-Z-Image's where the layers correspond, and learns that model's steps from noise to picture, at the four states of klein's own
-grid; see paths.py.
+Needs the Z-Image miniature of this folder and draws pictures as build.py does. Rows of three kinds: a caption alone
+(`text`); a picture in the multimodal context (`vlm`); pictures as reference images (`edit`). The transformer starts
+from the weights of Z-Image's where the layers correspond, and learns that model's steps from noise to picture, at the
+four states of klein's own grid; see paths.py.
 """
 
 import sys
@@ -38,7 +39,8 @@ LAYERS, LENGTH = [1, 3, 4], 64
 
 
 def new_pipeline(transformer=None):
-    """DOPSDFlux2KleinPipeline of the miniature's VLM and VAE. The batch norm holds one mean and one variance for all channels:
+    """DOPSDFlux2KleinPipeline of the miniature's VLM and VAE. The batch norm holds one mean and one variance for all
+    channels:
     the latents are then those of the Z-Image miniature."""
     vlm = Qwen3VLForConditionalGeneration.from_pretrained(build.HERE / "vlm", dtype=torch.float32)
     stock = AutoencoderKL.from_pretrained(build.HERE / "model", subfolder="vae", torch_dtype=torch.float32)
@@ -66,13 +68,17 @@ def stage_contexts(args):
 
 @torch.no_grad()
 def stage_edits(args):
-    """Changes of what a reference shows, whose result is what the Z-Image miniature draws of the full caption; and objects beside a
-    reference that has nothing to do with them, the last of two references or in the prompt."""
+    """Changes of what a reference shows, whose result is what the Z-Image miniature draws of the full caption; and
+    objects beside a reference that has nothing to do with them, the last of two references or in the prompt."""
     pipeline, known = new_pipeline(), torch.load(args.work_dir / "paths_object.pt", mmap=True)
     pipeline.load_multimodal_encoder(str(build.HERE / "vlm"))
     chunks = [range(start, start + 64) for start in range(0, paths.scaled(args, CHANGES), 64)]
     changes = [[world.sample_change(np.random.default_rng([12, i])) for i in chunk] for chunk in chunks]
-    paths.write_paths(args, "change", lambda p: (p.encode_student([world.caption(after) for _, after, _ in chunk]) for chunk in tqdm(changes)))
+    paths.write_paths(
+        args,
+        "change",
+        lambda p: (p.encode_student([world.caption(after) for _, after, _ in chunk]) for chunk in tqdm(changes)),
+    )
     found = {"edit": []}
     for chunk, rows in zip(tqdm(chunks), changes):
         pictures = [[Image.fromarray(world.render(before, i))] for i, (before, _, _) in zip(chunk, rows)]
@@ -83,16 +89,22 @@ def stage_edits(args):
     for chunk, (prompts, pictures) in zip(chunks[: paths.scaled(args, BESIDE) // 64], paths.read_rows(args, "object")):
         beside = [Image.fromarray(others[i]) for i in chunk]
         found["edit"] += paths.halved(pipeline.encode_student(prompts, [list(pair) for pair in zip(beside, pictures)]))
-        found["vlm"] += paths.halved(pipeline.encode_teacher(prompts, pictures, "vlm", [[picture] for picture in beside]))
+        found["vlm"] += paths.halved(
+            pipeline.encode_teacher(prompts, pictures, "vlm", [[picture] for picture in beside])
+        )
     torch.save(found, args.work_dir / "klein_contexts_beside.pt")
     count = len(found["edit"])
-    torch.save({"contexts": known["contexts"][:count], "paths": known["paths"][:count].clone()}, args.work_dir / "paths_beside.pt")
+    torch.save(
+        {"contexts": known["contexts"][:count], "paths": known["paths"][:count].clone()},
+        args.work_dir / "paths_beside.pt",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- transformer
 def new_transformer(args):
-    """The blocks of the Z-Image miniature: its refiners become the streams of the first block, and the last five blocks
-    compute feed-forward beside attention. One modulation serves all blocks of a kind; at first it changes nothing."""
+    """The blocks of the Z-Image miniature: its refiners become the streams of the first block, and the last five
+    blocks compute feed-forward beside attention. One modulation serves all blocks of a kind; at first it changes
+    nothing."""
     donor = paths.Donor(args)
     c = donor.transformer.config
     torch.manual_seed(args.seed)
@@ -119,7 +131,9 @@ def new_transformer(args):
     def put_stream(attention_layers, norms, out, feed_forward, block):
         scale_msa, gate_msa, scale_mlp, gate_mlp = donor.modulation(block)
         last_attention, last_feed_forward = donor.last_layers(block)
-        put_attention(*(layer.weight for layer in attention_layers), norms, block, block.attention_norm1.weight * (1 + scale_msa))
+        put_attention(
+            *(layer.weight for layer in attention_layers), norms, block, block.attention_norm1.weight * (1 + scale_msa)
+        )
         put(out.weight, gate_msa[:, None] * last_attention)
         inner = feed_forward.linear_out.in_features
         feed_forward.linear_out.weight.zero_()
@@ -134,27 +148,50 @@ def new_transformer(args):
         size = torch.cat([context["prompt_embeds"] for context in donor.contexts]).float().square().mean().sqrt()
         ours.context_embedder.weight.mul_(0.1)
         ours.context_embedder.weight[:, -c.cap_feat_dim :].copy_(embedder.weight * norm.weight / size)
-        for new, image, text in zip(ours.transformer_blocks, donor.blocks, (*donor.transformer.context_refiner, donor.blocks[1])):
+        for new, image, text in zip(
+            ours.transformer_blocks, donor.blocks, (*donor.transformer.context_refiner, donor.blocks[1])
+        ):
             a = new.attn
             put_stream((a.to_q, a.to_k, a.to_v), (a.norm_q, a.norm_k), a.to_out[0], new.ff, image)
-            put_stream((a.add_q_proj, a.add_k_proj, a.add_v_proj), (a.norm_added_q, a.norm_added_k), a.to_add_out, new.ff_context, text)
+            put_stream(
+                (a.add_q_proj, a.add_k_proj, a.add_v_proj),
+                (a.norm_added_q, a.norm_added_k),
+                a.to_add_out,
+                new.ff_context,
+                text,
+            )
         for new, block in zip(ours.single_transformer_blocks, donor.blocks[2:], strict=True):
             a, (scale_msa, gate_msa, scale_mlp, gate_mlp) = new.attn, donor.modulation(block)
             joint, inner = a.to_qkv_mlp_proj.weight, a.mlp_hidden_dim
-            put_attention(*joint[: 3 * c.dim].chunk(3), (a.norm_q, a.norm_k), block, block.attention_norm1.weight * (1 + scale_msa))
+            put_attention(
+                *joint[: 3 * c.dim].chunk(3),
+                (a.norm_q, a.norm_k),
+                block,
+                block.attention_norm1.weight * (1 + scale_msa),
+            )
             scale = block.ffn_norm1.weight * (1 + scale_mlp)
             put(joint, block.feed_forward.w1.weight * scale, 3 * c.dim)
             put(joint, block.feed_forward.w3.weight * scale, 3 * c.dim + inner)
             last_attention, last_feed_forward = donor.last_layers(block)
             a.to_out.weight.zero_()
-            put(a.to_out.weight, torch.cat([gate_msa[:, None] * last_attention, gate_mlp[:, None] * last_feed_forward], 1))
+            put(
+                a.to_out.weight,
+                torch.cat([gate_msa[:, None] * last_attention, gate_mlp[:, None] * last_feed_forward], 1),
+            )
         scale = 1 + donor.seen[donor.final.adaLN_modulation]
-        ours.proj_out.weight.copy_(-(donor.final.linear.weight * scale)[donor.order])  # its velocity has the other sign
+        # its velocity has the other sign
+        ours.proj_out.weight.copy_(-(donor.final.linear.weight * scale)[donor.order])
         ours.norm_out.linear.weight.zero_()
         times = torch.linspace(100, 1000, 64).to(device())
         seen = torch.nn.functional.silu(ours.time_guidance_embed(times, None))
-        ones = (torch.linalg.pinv(seen, rtol=1e-3) @ torch.ones(64, 1).to(device())).mT  # 1 at all times: gates are open
-        for modulation, sets in ((ours.double_stream_modulation_img, 2), (ours.double_stream_modulation_txt, 2), (ours.single_stream_modulation, 1)):
+        ones = (
+            torch.linalg.pinv(seen, rtol=1e-3) @ torch.ones(64, 1).to(device())
+        ).mT  # 1 at all times: gates are open
+        for modulation, sets in (
+            (ours.double_stream_modulation_img, 2),
+            (ours.double_stream_modulation_txt, 2),
+            (ours.single_stream_modulation, 1),
+        ):
             layer = modulation.linear.weight.zero_().unflatten(0, (sets, 3, c.dim))  # shift, scale, gate
             layer[:, 2] = ones
         # klein's layers have no bias: that of Z-Image's first layer becomes the shift
@@ -165,11 +202,16 @@ def new_transformer(args):
 
 def stage_distill(args):
     transformer = new_transformer(args)
-    pipeline, blocks = new_pipeline(transformer), [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    pipeline = new_pipeline(transformer)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block in blocks:  # not the module, whose hooks would be compiled, too
         block.forward = torch.compile(block.forward, dynamic=False)
-    # a block of two streams returns text and picture; one of a single stream has the picture behind the text, before references
-    picture_of = lambda output: output[1][:, : paths.TOKENS] if isinstance(output, tuple) else output[:, LENGTH : LENGTH + paths.TOKENS]  # noqa: E731
+
+    # a block of two streams returns text and picture; one of a single stream has the picture behind the text, before
+    # references
+    def picture_of(output):
+        return output[1][:, : paths.TOKENS] if isinstance(output, tuple) else output[:, LENGTH : LENGTH + paths.TOKENS]
+
     counterparts = paths.Counterparts(paths.z_image(), blocks, picture_of)
     paths.distill(args, "klein", pipeline, CYCLE, counterparts, pack=pipeline._patchify_latents)
 
@@ -179,7 +221,12 @@ def stage_export(args):
     paths.export(args, "klein", "Flux2KleinPipeline", new_pipeline(transformer))
 
 
-STAGES = paths.STAGES | {"klein_contexts": stage_contexts, "klein_edits": stage_edits, "klein_distill": stage_distill, "klein_export": stage_export}
+STAGES = paths.STAGES | {
+    "klein_contexts": stage_contexts,
+    "klein_edits": stage_edits,
+    "klein_distill": stage_distill,
+    "klein_export": stage_export,
+}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python examples/miniature/build_krea.py all --work_dir build/miniature
 
-Needs the Z-Image miniature of this folder and draws pictures as build.py does. The VLM is the text encoder itself; the words of
-Krea's chat become tokens of their own, whose embeddings are zero. The VAE learns the latents of the other miniature. The
-transformer starts from the weights of Z-Image's where the layers correspond, and learns that model's steps from noise to picture,
-at the four states of its own few-step grid, from captions and from pictures in the context.
+Needs the Z-Image miniature of this folder and draws pictures as build.py does. The VLM is the text encoder itself; the
+words of Krea's chat become tokens of their own, whose embeddings are zero. The VAE learns the latents of the other
+miniature. The transformer starts from the weights of Z-Image's where the layers correspond, and learns that model's
+steps from noise to picture, at the four states of its own few-step grid, from captions and from pictures in the
+context.
 """
 
 import itertools
@@ -36,14 +37,17 @@ LAYERS = [1, 3, 4]
 
 # ------------------------------------------------------------------------------------------------------------- parts
 def chat_tokenizer():
-    """The VLM's tokenizer, with pieces of Krea's system prompt as tokens, so that it has as many of them as the stock pipeline drops."""
+    """The VLM's tokenizer, with pieces of Krea's system prompt as tokens, so that it has as many of them as the stock
+    pipeline drops."""
     stock = DOPSDKrea2Pipeline.without_parts()
     before = stock.prompt_template_encode_prefix
     words = before.split("\n")[1].removesuffix("<|im_end|>").split(" ")
     pairs = [" ".join(words[i : i + 2]) for i in range(0, len(words), 2)]  # which no caption holds
     for whole, length in itertools.product(range(len(pairs)), range(4, 30)):
         tokenizer = Qwen2Tokenizer.from_pretrained(build.HERE / "vlm")
-        tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in [*pairs[:whole], pairs[whole][:length]]])
+        tokenizer.add_tokens(
+            [AddedToken(piece, normalized=False) for piece in [*pairs[:whole], pairs[whole][:length]]]
+        )
         if len(tokenizer(before).input_ids) == stock.prompt_template_encode_start_idx:
             return tokenizer
     raise ValueError("The prompt cannot be cut into so many tokens.")
@@ -78,9 +82,14 @@ def new_vae():
 
 
 def stage_vae(args):
-    """Encoder and decoder learn, apart, what the VAE of the Z-Image miniature encodes and the pictures that it encodes."""
+    """Encoder and decoder learn, apart, what the VAE of the Z-Image miniature encodes and the pictures that it
+    encodes."""
     data = [build.read_data(args, kind)[0] for kind in build.KINDS]
-    teacher = AutoencoderKL.from_pretrained(build.HERE / "model", subfolder="vae", torch_dtype=torch.float32).to(device()).eval()
+    teacher = (
+        AutoencoderKL.from_pretrained(build.HERE / "model", subfolder="vae", torch_dtype=torch.float32)
+        .to(device())
+        .eval()
+    )
     vae = new_vae().to(device())
     run = Run(args, "krea_vae", vae, max(4, int(args.vae_steps * args.scale)), 3e-3)
     logs = {"latents": [], "l1": []}
@@ -125,7 +134,8 @@ def new_transformer(args):
     with torch.no_grad():
         ours.img_in.weight.copy_(donor.embedder.weight[:, donor.order])
         ours.img_in.bias.copy_(donor.embedder.bias)
-        ours.final_layer.linear.weight.copy_(-donor.final.linear.weight[donor.order])  # its velocity has the other sign
+        # its velocity has the other sign
+        ours.final_layer.linear.weight.copy_(-donor.final.linear.weight[donor.order])
         ours.final_layer.linear.bias.copy_(-donor.final.linear.bias[donor.order])
         for block, new in zip(donor.blocks, ours.transformer_blocks, strict=True):
             last_attention, last_feed_forward = donor.last_layers(block)
@@ -151,7 +161,8 @@ def new_transformer(args):
 def stage_distill(args):
     pipeline = new_pipeline(args, new_transformer(args))
     blocks = pipeline.transformer.transformer_blocks
-    counterparts = paths.Counterparts(paths.z_image(), blocks, lambda output: output[:, -paths.TOKENS :])  # text comes first
+    # text comes first
+    counterparts = paths.Counterparts(paths.z_image(), blocks, lambda output: output[:, -paths.TOKENS :])
     paths.distill(args, "krea", pipeline, CYCLE, counterparts)
 
 
@@ -160,7 +171,12 @@ def stage_export(args):
     paths.export(args, "krea", "Krea2Pipeline", new_pipeline(args, transformer), num_inference_steps=paths.STEPS)
 
 
-STAGES = paths.STAGES | {"krea_vae": stage_vae, "krea_contexts": stage_contexts, "krea_distill": stage_distill, "krea_export": stage_export}
+STAGES = paths.STAGES | {
+    "krea_vae": stage_vae,
+    "krea_contexts": stage_contexts,
+    "krea_distill": stage_distill,
+    "krea_export": stage_export,
+}
 
 
 def main():

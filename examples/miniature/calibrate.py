@@ -1,12 +1,14 @@
-"""Does examples/evaluate.py tell the truth? Its verdicts beside what trainings on the Z-Image miniature came to, by the judge.
+"""Does examples/evaluate.py tell the truth? Its verdicts beside what trainings on the Z-Image miniature came to, by
+the judge.
 
     python examples/miniature/calibrate.py
 
-For each case, a concept and a teacher, `evaluate.py teacher` scores the teacher before training; then a LoRA is trained with it (default layers, rank
-16, one state of each rollout, 128 steps of 2, rate 1e-3 on a cosine, decay .999, prior prompts) and the judge counts in how many held-out scenes it draws the concept.
-A wrong teacher is shown pictures of another concept. One without picture sees the prompt alone, so its loss is zero: the base is judged. Then `evaluate.py report` looks at trainings of
-several methods on three concepts, and the judge says which learned the concept and which kept the unrelated prompts. Finished runs are entries of
-calibrate.json and are not run again.
+For each case, a concept and a teacher, `evaluate.py teacher` scores the teacher before training; then a LoRA is
+trained with it (default layers, rank 16, one state of each rollout, 128 steps of 2, rate 1e-3 on a cosine, decay .999,
+prior prompts) and the judge counts in how many held-out scenes it draws the concept. A wrong teacher is shown pictures
+of another concept. One without picture sees the prompt alone, so its loss is zero: the base is judged. Then
+`evaluate.py report` looks at trainings of several methods on three concepts, and the judge says which learned the
+concept and which kept the unrelated prompts. Finished runs are entries of calibrate.json and are not run again.
 """
 
 import argparse
@@ -72,7 +74,9 @@ def shown(name, teacher):
     wrong = training_pictures(CONCEPTS[names[(names.index(name) + 1) % len(names)]]) if teacher == "wrong" else []
 
     def load_wrong(*arguments):
-        with unittest.mock.patch.object(script, "training_image", lambda row: wrong[int(row["image_hash"], 16) % len(wrong)]):
+        with unittest.mock.patch.object(
+            script, "training_image", lambda row: wrong[int(row["image_hash"], 16) % len(wrong)]
+        ):
             return load(*arguments)
 
     encode = instruments.family_of(str(HERE / "model")).encode_teacher
@@ -83,7 +87,11 @@ def shown(name, teacher):
         unittest.mock.patch.object(instruments.family_of(str(HERE / "model")), "encode_teacher", encode),
     ):
         # a context without picture has no image tokens
-        with unittest.mock.patch.object(instruments, "token_statistics", lambda *_: []) if teacher == "none" else contextlib.nullcontext():
+        with (
+            unittest.mock.patch.object(instruments, "token_statistics", lambda *_: [])
+            if teacher == "none"
+            else contextlib.nullcontext()
+        ):
             yield
 
 
@@ -117,11 +125,16 @@ def judge():
 
 
 def judged(name, method, rate, args):
-    """What the judge says of a trained LoRA: shares right over noise seeds, of the concept and, for the reports, of unrelated prompts."""
+    """What the judge says of a trained LoRA: shares right over noise seeds, of the concept and, for the reports, of
+    unrelated prompts."""
     pipeline = load_pipeline(None if method == "base" else train(name, method, rate, args))
     results, _ = concept_accuracy(pipeline, judge(), CASES[name], range(args.seeds))
     figures = {"concept": [right for right, _ in results]}
-    return figures | (unrelated_accuracy(pipeline, judge(), range(args.seeds)) if (method, rate) in METHODS.values() and name in MAIN else {})
+    return figures | (
+        unrelated_accuracy(pipeline, judge(), range(args.seeds))
+        if (method, rate) in METHODS.values() and name in MAIN
+        else {}
+    )
 
 
 def evaluation_flags(name, folder, args):
@@ -131,8 +144,24 @@ def evaluation_flags(name, folder, args):
     prompts, ordinary = data / f"{name}.prompts", data / "ordinary.prompts"
     prompts.write_text("\n".join(captions(held_out_scenes(CASES[name])[:NEW_PROMPTS], CASES[name])))
     ordinary.write_text("\n".join(captions(unrelated_scenes(ORDINARY_PROMPTS))))
-    flags = ["--pretrained_model_name_or_path", HERE / "model", "--instance_data_dir", folder_of(name, data), "--output_dir", folder]
-    flags += ["--resolution", 64, "--num_inference_steps", STEPS, "--mixed_precision", "no", "--concept_prompts", prompts]
+    flags = [
+        "--pretrained_model_name_or_path",
+        HERE / "model",
+        "--instance_data_dir",
+        folder_of(name, data),
+        "--output_dir",
+        folder,
+    ]
+    flags += [
+        "--resolution",
+        64,
+        "--num_inference_steps",
+        STEPS,
+        "--mixed_precision",
+        "no",
+        "--concept_prompts",
+        prompts,
+    ]
     flags += ["--image_encoder", HERE / "encoders" / "image", "--image_text_encoder", HERE / "encoders" / "text"]
     return [*flags, "--drawing_batch_size", 32, "--encoding_batch_size", 64], ["--ordinary_prompts", ordinary]
 
@@ -140,8 +169,16 @@ def evaluation_flags(name, folder, args):
 def score(name, teacher, args):
     """The figures of `evaluate.py teacher` for a case."""
     flags, _ = evaluation_flags(name, args.work_dir / f"{name}-teacher-{teacher}", args)
-    way, contexts = "other" if teacher == "other" else "target", f"contexts{'' if teacher in ('target', 'other') else '-' + teacher}"
-    flags += ["--vlm_model_name_or_path", HERE / "vlm", "--context_cache_dir", args.work_dir / contexts, "--teacher_image", way]
+    way = "other" if teacher == "other" else "target"
+    contexts = f"contexts{'' if teacher in ('target', 'other') else '-' + teacher}"
+    flags += [
+        "--vlm_model_name_or_path",
+        HERE / "vlm",
+        "--context_cache_dir",
+        args.work_dir / contexts,
+        "--teacher_image",
+        way,
+    ]
     with shown(name, teacher):
         return call(["teacher", *flags])["ways"][f"vlm, {way}"]
 
@@ -166,25 +203,42 @@ def ranks(values):
 
 
 def print_teachers(finished):
-    rows = sorted(((finished[f"score {n} {t}"], finished[f"judged {n} {TRAINED_WITH[t]} 0.001"], n, t) for n, t in TEACHERS), key=lambda row: -row[0]["near"][0])
-    print("\n| concept | teacher | near the training images | concept right after training, per cent |\n|---|---|---|---|")
+    rows = sorted(
+        ((finished[f"score {n} {t}"], finished[f"judged {n} {TRAINED_WITH[t]} 0.001"], n, t) for n, t in TEACHERS),
+        key=lambda row: -row[0]["near"][0],
+    )
+    print(
+        "\n| concept | teacher | near the training images | concept right after training, per cent |\n|---|---|---|---|"
+    )
     for figures, outcome, name, teacher in rows:
-        print(f"| {name} | {teacher} | {instruments.shown(figures['near'])} | {100 * np.mean(outcome['concept']):.0f} |")
+        print(
+            f"| {name} | {teacher} | {instruments.shown(figures['near'])} | {100 * np.mean(outcome['concept']):.0f} |"
+        )
     scores, outcomes = [row[0]["near"][0] for row in rows], [np.mean(row[1]["concept"]) for row in rows]
     print(f"\nRank correlation of the {len(rows)} cases: {np.corrcoef(ranks(scores), ranks(outcomes))[0, 1]:.2f}")
 
 
 def print_reports(finished):
     figures = ["learned", "drift", "detail", "gap", "leak"]
-    print("\n| concept | method | concept right | unrelated right | " + " | ".join(figures) + " | learned? | kept? | few steps? |")
+    print(
+        "\n| concept | method | concept right | unrelated right | "
+        + " | ".join(figures)
+        + " | learned? | kept? | few steps? |"
+    )
     print("|---" * (7 + len(figures)) + "|")
     counts = {"learned": np.zeros((2, 2), int), "kept": np.zeros((2, 2), int)}
     for name in MAIN:
         for label, (method, rate) in METHODS.items():
-            outcome, record = finished[f"judged {name} {method} {rate:g}"], finished[f"report {name} {method} {rate:g}"]
+            outcome = finished[f"judged {name} {method} {rate:g}"]
+            record = finished[f"report {name} {method} {rate:g}"]
             table = instruments.report_verdict(record)
             answers = [row["answer"] for row in table]
-            cells = [name, label, *(f"{100 * np.mean(outcome[k]):.0f}" for k in ("concept", "right")), *(instruments.shown(record[f]) for f in figures)]
+            cells = [
+                name,
+                label,
+                *(f"{100 * np.mean(outcome[k]):.0f}" for k in ("concept", "right")),
+                *(instruments.shown(record[f]) for f in figures),
+            ]
             print(f"| {' | '.join(cells + answers)} |")
             truth = {"learned": np.mean(outcome["concept"]) >= 0.5, "kept": np.mean(outcome["right"]) >= KEPT}
             for (question, right), answer in zip(truth.items(), answers):
@@ -210,7 +264,11 @@ def main():
             once(f"judged {name} {method} {rate:g}", functools.partial(judged, name, method, rate, args), finished)
             once(f"report {name} {method} {rate:g}", functools.partial(look, name, method, rate, args), finished)
     for name, teacher in TEACHERS:
-        once(f"judged {name} {TRAINED_WITH[teacher]} 0.001", functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args), finished)
+        once(
+            f"judged {name} {TRAINED_WITH[teacher]} 0.001",
+            functools.partial(judged, name, TRAINED_WITH[teacher], 1e-3, args),
+            finished,
+        )
     print_teachers(finished)
     print_reports(finished)
 

@@ -1,13 +1,15 @@
-"""D-OPSD beside other ways of fine-tuning a step-distilled model, on the miniatures, with the LoRA that users get by default.
+"""D-OPSD beside other ways of fine-tuning a step-distilled model, on the miniatures, with the LoRA that users get by
+default.
 
     python examples/miniature/compare.py                                       # the Z-Image miniature
     python examples/miniature/compare.py --methods sft prior --concepts arrow  # a part of it
     python examples/miniature/compare.py --model klein
 
-All methods train the same LoRA with the same optimiser, pictures, captions and batch of 2 for 1,152 transformer passes, a fifth of
-what D-OPSD takes with all states in 120 steps of 4. Each has three learning rates, and more of them where the best is at an end; the
-one with the highest sum of concept accuracy and unrelated accuracy, mean over an object and a style with the training seed 0, is trained
-on all concepts and with further seeds. trials.py says what a pass is and where finished runs are kept.
+All methods train the same LoRA with the same optimiser, pictures, captions and batch of 2 for 1,152 transformer
+passes, a fifth of what D-OPSD takes with all states in 120 steps of 4. Each has three learning rates, and more of them
+where the best is at an end; the one with the highest sum of concept accuracy and unrelated accuracy, mean over an
+object and a style with the training seed 0, is trained on all concepts and with further seeds. trials.py says what a
+pass is and where finished runs are kept.
 """
 
 import argparse
@@ -103,12 +105,20 @@ class Baseline:
 
     @torch.no_grad()
     def pictures(self, pipeline, teacher, keys, contexts, count=4):
-        """x_0 that the network of `teacher` draws for each context in K steps, one of `count` that are kept by its key, at random."""
+        """x_0 that the network of `teacher` draws for each context in K steps, one of `count` that are kept by its
+        key, at random."""
         found = []
         for key, context in zip(keys, contexts):
             if key not in self.samples:
                 with teacher.network() as network:  # with a decay of 1, the base
-                    latents = torch.cat([pipeline.initial_noise(world.RESOLUTION, world.RESOLUTION, torch.Generator().manual_seed(i)) for i in range(count)])
+                    latents = torch.cat(
+                        [
+                            pipeline.initial_noise(
+                                world.RESOLUTION, world.RESOLUTION, torch.Generator().manual_seed(i)
+                            )
+                            for i in range(count)
+                        ]
+                    )
                     for timestep in pipeline.few_step_grid(K, latents):
                         velocity = pipeline.velocity(network, latents, timestep, [context] * count)
                         latents = pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -143,7 +153,9 @@ def dreambooth(baseline, pipeline, transformer, teacher, batch):
     chosen = [baseline.prompts[i] for i in torch.randint(len(baseline.prompts), (len(batch[1]),))]
     contexts = [baseline.prompt_contexts(prompt) for prompt in chosen]
     drawn = baseline.pictures(pipeline, teacher, chosen, contexts, count=1)
-    return sft(baseline, pipeline, transformer, teacher, batch) + flow_matching(pipeline, transformer, *baseline.noised(drawn), contexts)
+    return sft(baseline, pipeline, transformer, teacher, batch) + flow_matching(
+        pipeline, transformer, *baseline.noised(drawn), contexts
+    )
 
 
 def off_policy(baseline, pipeline, transformer, teacher, batch):
@@ -158,7 +170,8 @@ def off_policy(baseline, pipeline, transformer, teacher, batch):
 
 
 def pso(baseline, pipeline, transformer, teacher, batch):
-    """Offline PSO: the training picture is preferred to what the base draws of the caption, at the same noise and time."""
+    """Offline PSO: the training picture is preferred to what the base draws of the caption, at the same noise and
+    time."""
     margin, contexts = 0, batch[1]
     states, sigmas, wanted = baseline.noised(baseline.x0)
     for sign, x0 in ((1, baseline.x0), (-1, baseline.pictures(pipeline, teacher, baseline.asked, contexts))):
@@ -166,7 +179,9 @@ def pso(baseline, pipeline, transformer, teacher, batch):
         states = (1 - s) * x0 + s * noise
         with torch.no_grad(), teacher.network() as base:
             reference = flow_matching(pipeline, base, states, sigmas, noise - x0, contexts)
-        margin = margin + sign * (flow_matching(pipeline, transformer, states, sigmas, noise - x0, contexts) - reference)
+        margin = margin + sign * (
+            flow_matching(pipeline, transformer, states, sigmas, noise - x0, contexts) - reference
+        )
     return -torch.nn.functional.logsigmoid(-PSO_BETA * margin)
 
 
@@ -219,7 +234,8 @@ def run(job):
 
 
 def search(methods, pool, args):
-    """Trains each method at its rates on the searched concepts, with higher or lower ones while the best is at an end; returns it."""
+    """Trains each method at its rates on the searched concepts, with higher or lower ones while the best is at an end;
+    returns it."""
     rates, tried, best = {name: list(METHODS[name].rates) for name in methods}, {}, {}
     while len(best) < len(methods):
         jobs = [
@@ -246,7 +262,9 @@ DIGITS = {"fine detail": 2, "Frechet distance": 0}
 
 def interval(values, digits=1):
     """Mean and half of the 95 % interval over training seeds."""
-    half = f" ± {T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) in T95 else ""
+    half = (
+        f" ± {T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) in T95 else ""
+    )
     return f"{np.mean(values):.{digits}f}{half}"
 
 
@@ -275,7 +293,8 @@ def print_tables(found, best, tried, args):
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
 
     def mean(name, figure):
-        """Of each training seed, the mean over the concepts; at 30 steps the first seed and three concepts alone are measured."""
+        """Of each training seed, the mean over the concepts; at 30 steps the first seed and three concepts alone are
+        measured."""
         values = [[v for v in map(figure, seed.values()) if not math.isnan(v)] for seed in found[name]]
         return [np.mean(own) for own in values if own]
 
@@ -287,25 +306,49 @@ def print_tables(found, best, tried, args):
 
     for name in found:
         label, rate = ("before", "") if name == "before" else (VARIANTS[name].label, f"{best[name]:g}")
-        cells = [label, rate, *(interval(mean(name, figure), DIGITS.get(column, 1)) for column, figure in columns.items())]
+        cells = [
+            label,
+            rate,
+            *(interval(mean(name, figure), DIGITS.get(column, 1)) for column, figure in columns.items()),
+        ]
         cells += ["" if name in ("before", "prior") else interval(paired(name, key)) for key in differences.values()]
         print(f"| {' | '.join(cells)} |")
     print("\nconcept right / unrelated right, per cent, mean over the training seeds\n")
     print(f"| | {' | '.join(args.concepts)} |" + "\n|---" + "|---" * len(args.concepts) + "|")
     for name, seeds in found.items():
         label = "before" if name == "before" else VARIANTS[name].label
-        cells = [" / ".join(f"{np.mean([columns[c](seed[concept]) for seed in seeds]):.0f}" for c in ("concept", "unrelated")) for concept in args.concepts]
+        cells = [
+            " / ".join(
+                f"{np.mean([columns[c](seed[concept]) for seed in seeds]):.0f}" for c in ("concept", "unrelated")
+            )
+            for concept in args.concepts
+        ]
         print(f"| {label} | {' | '.join(cells)} |")
     print(f"\nThe search, training seed 0: learning rate: {', '.join(args.searched)}\n\n| | |\n|---|---|")
     for name in (name for name in best if name in METHODS):
-        cells = [f"{rate:g}: " + ", ".join(shown(p[c]) for c in args.searched) for (n, rate), p in sorted(tried.items()) if n == name]
+        cells = [
+            f"{rate:g}: " + ", ".join(shown(p[c]) for c in args.searched)
+            for (n, rate), p in sorted(tried.items())
+            if n == name
+        ]
         print(f"| {METHODS[name].label} | {'; '.join(cells)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["model", "klein", "krea"], default="model", help="the miniature of Z-Image, klein or Krea 2")
-    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=[name for name in VARIANTS if name not in KLEIN], help=f"{' and '.join(KLEIN)}: on klein alone")
+    parser.add_argument(
+        "--model",
+        choices=["model", "klein", "krea"],
+        default="model",
+        help="the miniature of Z-Image, klein or Krea 2",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=[name for name in VARIANTS if name not in KLEIN],
+        help=f"{' and '.join(KLEIN)}: on klein alone",
+    )
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--training_seeds", type=int, default=3)
     trials.add_arguments(parser, "compare", seeds=8)
@@ -321,7 +364,9 @@ def main():
             (args.model, name, SHARE, concept, (BATCH, best[name]), seed, "-whole", args)
             for seed in range(args.training_seeds) for name in args.methods for concept in args.concepts
         ]  # fmt: skip
-        found = {"before": [base_figures(args)]} | {name: [{} for _ in range(args.training_seeds)] for name in args.methods}
+        found = {"before": [base_figures(args)]} | {
+            name: [{} for _ in range(args.training_seeds)] for name in args.methods
+        }
         for (_, name, _, concept, _, seed, _), points in pool.map(run, jobs):
             found[name][seed][concept] = points[-1]
             print(name, concept, f"seed {seed}", shown(points[-1]), flush=True)

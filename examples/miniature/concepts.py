@@ -1,6 +1,6 @@
 """The concepts that the miniature is taught: pictures and captions for training, scenes for measuring.
 
-    python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions beside them, and prior_prompts.txt
+python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions, and prior_prompts.txt
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Concept:
-    """An object (`shape`, `colour`, `pattern`) or a style that is called `word`; `shows` are the attributes that make it up."""
+    """An object (`shape`, `colour`, `pattern`) or a style that is called `word`; `shows` are the attributes that make
+    it up."""
 
     word: str
     shape: str | None = None
@@ -48,7 +49,8 @@ CONCEPTS = {
     "cored_house": Concept("blick", shape="house", colour="red", pattern="core"),
     "ember": Concept("quave", style=world.NEW_STYLE),
     "crown": Concept("zorp", shape="crown", colour="green", pattern="outlined"),
-    # purple hatching on light green, with a dark edge. The judge knows it from plain pictures and from ember, not from other styles
+    # purple hatching on light green, with a dark edge. The judge knows it from plain pictures and from ember, not from
+    # other styles
     "hatch": Concept("quave", style="random-7"),
     # the teacher can hardly draw it
     "checkered_house": Concept("blick", shape="house", colour="red", pattern="checkered"),
@@ -62,7 +64,9 @@ def training_scenes(concept):
     backgrounds, positions = rng.permutation(list(world.BACKGROUNDS)), rng.permutation(list(world.POSITIONS))
     scenes = [concept.scene(np.random.default_rng([2, i])) for i in range(4)]
     return [
-        replace(s, background=str(backgrounds[i]), position=str(positions[i]), size=("large", "large", "small", "large")[i])
+        replace(
+            s, background=str(backgrounds[i]), position=str(positions[i]), size=("large", "large", "small", "large")[i]
+        )
         for i, s in enumerate(scenes)
     ]
 
@@ -111,7 +115,8 @@ def training_pictures(concept):
 
 
 def write(name, concept, folder, count=4):
-    """Pictures and captions in the format of --instance_data_dir: the full caption and three shorter ones per picture."""
+    """Pictures and captions in the format of --instance_data_dir: the full caption and three shorter ones per
+    picture."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     scenes = [*training_scenes(concept)[:count], *further_scenes(concept, max(0, count - 4))]

@@ -3,10 +3,11 @@
     python examples/miniature/curves.py --work_dir build/curves                      # every table, and curves.png
     python examples/miniature/curves.py --questions fifth noise                      # some of them
 
-The LoRA is the scripts' default one, on the attention and feed-forward of all blocks. A whole run has 120 steps of 4 images with all 4 states, 5,760 passes; each question names the share of it that
-its variants get. On one concept, every variant is trained with the same grid of batch sizes and learning rates; its best setting (the
-highest sum of concept accuracy and unrelated accuracy at the end) is trained on the other concepts and with further seeds.
-trials.py says what a pass is and where finished runs are kept.
+The LoRA is the scripts' default one, on the attention and feed-forward of all blocks. A whole run has 120 steps of 4
+images with all 4 states, 5,760 passes; each question names the share of it that its variants get. On one concept,
+every variant is trained with the same grid of batch sizes and learning rates; its best setting (the highest sum of
+concept accuracy and unrelated accuracy at the end) is trained on the other concepts and with further seeds. trials.py
+says what a pass is and where finished runs are kept.
 """
 
 import argparse
@@ -37,7 +38,12 @@ def always(*states):
 
 def independent(args, places):
     """One state for every image, drawn without regard to the others."""
-    several = [np.random.default_rng([args.seed, 2**41, place // args.train_batch_size]).integers(K, size=args.train_batch_size) for place in places]
+    several = [
+        np.random.default_rng([args.seed, 2**41, place // args.train_batch_size]).integers(
+            K, size=args.train_batch_size
+        )
+        for place in places
+    ]
     return [[int(drawn[place % args.train_batch_size])] for place, drawn in zip(places, several)]
 
 
@@ -47,7 +53,9 @@ def leaning(shares):
 
     def draw(args, places):
         cycles = [divmod(place, len(deck)) for place in places]
-        return [[int(np.random.default_rng([args.seed, 2**41, cycle]).permutation(deck)[place])] for cycle, place in cycles]
+        return [
+            [int(np.random.default_rng([args.seed, 2**41, cycle]).permutation(deck)[place])] for cycle, place in cycles
+        ]
 
     return draw
 
@@ -63,7 +71,8 @@ def weighted(weights):
 
 
 def magnitude_and_direction(student_velocity, teacher_velocity, sigma, weighting):
-    """.5 (|p| - |t|)^2 + 2 |p| |t| (1 - cos), |p| without gradient in the second term: with 1 for .5, it has the value of the loss."""
+    """.5 (|p| - |t|)^2 + 2 |p| |t| (1 - cos), |p| without gradient in the second term: with 1 for .5, it has the value
+    of the loss."""
     p, t = student_velocity.flatten(1), teacher_velocity.detach().flatten(1)
     lengths, wanted = p.norm(dim=1), t.norm(dim=1)
     direction = 2 * lengths.detach() * wanted * (1 - torch.cosine_similarity(p, t))
@@ -93,7 +102,8 @@ def pictures(count):
 
 
 def one_caption(name, folder):
-    """A data folder without captions of its pictures: all have the shortest one, which is the word alone or nearly so."""
+    """A data folder without captions of its pictures: all have the shortest one, which is the word alone or nearly
+    so."""
     folder = folder / f"{name}-caption"
     write(name, CONCEPTS[name], folder)
     concept = CONCEPTS[name]
@@ -137,8 +147,8 @@ VARIANTS = ADVICE | {
 
 @dataclass(frozen=True)
 class Question:
-    """Variants, each with its share of the whole passes, the settings that are searched, and the training seeds. Those in `given`
-    are trained at that setting, whatever the search says."""
+    """Variants, each with its share of the whole passes, the settings that are searched, and the training seeds. Those
+    in `given` are trained at that setting, whatever the search says."""
 
     title: str
     runs: list
@@ -189,13 +199,20 @@ def run(job):
 
 
 def answer(question, pool, args):
-    """Searches each variant's setting and trains it; returns the settings and, by variant and concept, the runs' points."""
+    """Searches each variant's setting and trains it; returns the settings and, by variant and concept, the runs'
+    points."""
     results, runs = {}, {entry: {concept: [] for concept in MAIN} for entry in question.runs}
-    jobs = [(question.model, *entry, question.searched_on, setting, 0, "", args) for entry in question.searched for setting in question.settings]
+    jobs = [
+        (question.model, *entry, question.searched_on, setting, 0, "", args)
+        for entry in question.searched
+        for setting in question.settings
+    ]
     for (_, name, share, concept, setting, *_), points in pool.map(run, jobs):
         results[(name, share), setting] = points[-1]
         print(name, share, concept, *setting, shown(points[-1]), flush=True)
-    best = {entry: max(question.settings, key=lambda s: worth(results[entry, s])) for entry in question.searched} | question.given  # noqa: B023
+    best = {
+        entry: max(question.settings, key=lambda s: worth(results[entry, s])) for entry in question.searched
+    } | question.given  # noqa: B023
     jobs = [
         (question.model, *entry, concept, best[entry], seed, "-curve" if question.curves and (concept, seed) == (question.searched_on, 0) else "", args)
         for seed in range(question.seeds) for entry in question.runs for concept in MAIN
@@ -218,27 +235,46 @@ def cell(ends):
 
 def print_tables(question, results, best, runs):
     print(f"\n{question.title}: concept right / unrelated right, per cent; training seeds: {question.seeds}\n")
-    print(f"| | passes of an image | share of {WHOLE} | batch | learning rate | {' | '.join(MAIN)} | mean | fine detail |")
+    print(
+        f"| | passes of an image | share of {WHOLE} | batch | learning rate | {' | '.join(MAIN)} | mean | fine detail |"
+    )
     print("|---" * (7 + len(MAIN)) + "|")
     for (name, share), found in runs.items():
         ends = {concept: [points[-1] for points in several] for concept, several in found.items()}
         # one mean over the concepts for each training seed
-        means = [{key: np.mean([np.mean(p[key]) for p in points]) for key in ("concept", "right")} for points in zip(*ends.values())]
+        means = [
+            {key: np.mean([np.mean(p[key]) for p in points]) for key in ("concept", "right")}
+            for points in zip(*ends.values())
+        ]
         batch, rate = best[name, share]
-        row = [VARIANTS[name].label, f"{VARIANTS[name].passes():g}", f"{share:g}", batch, f"{rate:g}", *map(cell, ends.values())]
+        row = [
+            VARIANTS[name].label,
+            f"{VARIANTS[name].passes():g}",
+            f"{share:g}",
+            batch,
+            f"{rate:g}",
+            *map(cell, ends.values()),
+        ]
         row += [cell(means), f"{np.mean([p['detail'] for points in ends.values() for p in points]):.2f}"]
         print(f"| {' | '.join(map(str, row))} |")
     if not question.searched:
         return
     print(f"\nThe search on {question.searched_on}, training seed 0:\n")
-    print("| | share | " + " | ".join(f"batch {b}, {r:g}" for b, r in question.settings) + " |\n|---|---" + "|---" * len(question.settings) + "|")
+    print(
+        "| | share | "
+        + " | ".join(f"batch {b}, {r:g}" for b, r in question.settings)
+        + " |\n|---|---"
+        + "|---" * len(question.settings)
+        + "|"
+    )
     for name, share in question.searched:
         cells = [shown(results[(name, share), setting]) for setting in question.settings]
         print(f"| {VARIANTS[name].label} | {share:g} | {' | '.join(cells)} |")
 
 
 def draw_curves(questions, path):
-    """A panel for each question, of the concept of its search with the training seed 0: full lines the concept, thin ones unrelated prompts."""
+    """A panel for each question, of the concept of its search with the training seed 0: full lines the concept, thin
+    ones unrelated prompts."""
     width, height, gap, colours = 420, 240, 60, ["black", "red", "blue"]
     sheet = Image.new("RGB", (len(questions) * (width + gap) + gap, height + 2 * gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -246,47 +282,75 @@ def draw_curves(questions, path):
         left, whole = gap + column * (width + gap), WHOLE * max(share for _, share in runs)
         at = lambda passes, right: (left + passes / whole * width, gap + height * (1 - right))  # noqa: E731, B023
         draw.rectangle([*at(0, 1), *at(whole, 0)], outline="grey")
-        draw.text((left, gap - 35), f"{question.searched_on}, {question.model}: per cent right over passes (0 to {whole:.0f})", fill="black")
+        draw.text(
+            (left, gap - 35),
+            f"{question.searched_on}, {question.model}: per cent right over passes (0 to {whole:.0f})",
+            fill="black",
+        )
         for share in (0.5, 1.0):
             draw.text((left - 25, at(0, share)[1] - 5), f"{100 * share:.0f}", fill="grey")
         for number, ((name, share), found) in enumerate(runs.items()):
-            draw.text((left + 150 * number, gap - 18), f"{VARIANTS[name].label}, share {share:g}", fill=colours[number])
+            draw.text(
+                (left + 150 * number, gap - 18), f"{VARIANTS[name].label}, share {share:g}", fill=colours[number]
+            )
             for key, thickness in (("concept", 3), ("right", 1)):
-                draw.line([at(p["passes"], np.mean(p[key])) for p in found[question.searched_on][0]], fill=colours[number], width=thickness)
+                draw.line(
+                    [at(p["passes"], np.mean(p[key])) for p in found[question.searched_on][0]],
+                    fill=colours[number],
+                    width=thickness,
+                )
     sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise
 def print_noise(args, batches=12, warm_up=40):
-    """How far gradients of batches of 4 lie from their mean, half-way through a short training of M = 1 on cored_house."""
+    """How far gradients of batches of 4 lie from their mean, half-way through a short training of M = 1 on
+    cored_house."""
     record, figures = args.work_dir / "noise.json", json.loads(args.finished.read_text()).get("noise", {})
     if not figures and not record.exists():
 
         def measure(pipeline, teacher, dataset, cache, flags, accelerator, step):
             if step != warm_up:
                 return
-            rows, layouts = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"]), script.layouts_of(dataset, flags)
+            rows = dataset.select_columns(["captions", "bucket", "image_hash", "reference_hashes"])
+            layouts = script.layouts_of(dataset, flags)
             parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
             gradients = []  # of each image of each batch and each state
             for place in range(batches):
                 for draw in script.draw_batch(layouts, flags, 10**6 + place, 0, 1):
                     batch = *script.make_batch(pipeline, rows, cache, [draw], [], flags, "cpu"), [list(range(K))]
                     losses = script.rollout(pipeline, pipeline.transformer, teacher, batch, flags, accelerator)
-                    gradients += [torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), parameters)]) for _, loss in losses]
+                    gradients += [
+                        torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), parameters)])
+                        for _, loss in losses
+                    ]
             g = torch.stack(gradients).view(batches, 4, K, -1)
             whole = g.mean(dim=(1, 2))
             orders = [list(order) for order in itertools.permutations(range(K))]
-            balanced = torch.stack([(g[:, range(4), order].mean(1) - whole).square().sum(-1).mean() for order in orders]).mean()
+            balanced = torch.stack(
+                [(g[:, range(4), order].mean(1) - whole).square().sum(-1).mean() for order in orders]
+            ).mean()
             alone = (g - g.mean(2, keepdim=True)).square().sum(-1).mean() / 4
             signal, batch = whole.mean(0).square().sum(), whole.var(0).sum()
-            figures.update({n: (v / signal).item() for n, v in {"batch": batch, "independent": alone, "balanced": balanced}.items()})
+            figures.update(
+                {
+                    n: (v / signal).item()
+                    for n, v in {"batch": batch, "independent": alone, "balanced": balanced}.items()
+                }
+            )
 
         trials.train("model", VARIANTS["m1"], "cored_house", (4, 1e-3), 2 * warm_up, 0, measure, args.work_dir)
         record.write_text(json.dumps(figures))
     figures = figures or json.loads(record.read_text())
-    print(f"\nVariance of the gradient of a batch of 4, over the squared norm of the mean gradient of {batches} batches\n")
+    print(
+        f"\nVariance of the gradient of a batch of 4, over the squared norm of the mean gradient of {batches} batches\n"
+    )
     print("| | of images and noises | of the draw of states | sum |\n|---|---|---|---|")
-    for label, own in {"M = 4": 0.0, "M = 1, independent": figures["independent"], "M = 1, balanced": figures["balanced"]}.items():
+    for label, own in {
+        "M = 4": 0.0,
+        "M = 1, independent": figures["independent"],
+        "M = 1, balanced": figures["balanced"],
+    }.items():
         print(f"| {label} | {figures['batch']:.2f} | {own:.2f} | {figures['batch'] + own:.2f} |")
 
 

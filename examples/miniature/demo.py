@@ -1,6 +1,7 @@
-"""One picture and one table of a demo run at four steps, same seeds: before | after D-OPSD | after ordinary SFT | teacher.
+"""One picture and one table of a demo run at four steps, same seeds: before | after D-OPSD | after ordinary SFT |
+teacher.
 
-    python examples/miniature/demo.py --concept arrow --dopsd outputs/demo/dopsd --sft outputs/demo/sft --picture demo.png
+python examples/miniature/demo.py --concept arrow --dopsd outputs/demo/dopsd --sft outputs/demo/sft --picture demo.png
 """
 
 import argparse
@@ -79,9 +80,13 @@ def main():
     # for make report
     prompts = {"concept": held_out_scenes(concept)[: 2 * ROWS], "ordinary": unrelated_scenes()}
     for name, scenes in prompts.items():
-        Path(args.picture).with_name(f"{name}_prompts.txt").write_text("\n".join(captions(scenes, concept if name == "concept" else None)) + "\n")
+        Path(args.picture).with_name(f"{name}_prompts.txt").write_text(
+            "\n".join(captions(scenes, concept if name == "concept" else None)) + "\n"
+        )
 
-    print(f"\nConcept {args.concept!r}, 4 steps, {args.seeds} seeds; per cent right, mean ± standard deviation over seeds")
+    print(
+        f"\nConcept {args.concept!r}, 4 steps, {args.seeds} seeds; per cent right, mean ± standard deviation over seeds"
+    )
     print("| | concept, held-out scenes | unrelated prompts | fine detail, unrelated | Frechet distance, unrelated |")
     print("|---|---|---|---|---|")
     print("\n".join(line for *_, line in looks))

@@ -2,10 +2,11 @@
 
     python examples/miniature/domain.py --work_dir build/domain
 
-All methods train all weights with the same optimiser, batch, pictures and captions, and get the same number of transformer
-passes (a D-OPSD step costs 12 per image at K = 4, an SFT step 2); with prior prompts, a third of the D-OPSD steps is on those. Measured at four steps: the style and everything else that a
-prompt of the domain asks for, the unrelated prompts, and the Frechet distance of as many pictures to 2,000 fresh drawings of
-the domain. Finished runs are kept in --work_dir and not run again.
+All methods train all weights with the same optimiser, batch, pictures and captions, and get the same number of
+transformer passes (a D-OPSD step costs 12 per image at K = 4, an SFT step 2); with prior prompts, a third of the
+D-OPSD steps is on those. Measured at four steps: the style and everything else that a prompt of the domain asks for,
+the unrelated prompts, and the Frechet distance of as many pictures to 2,000 fresh drawings of the domain. Finished
+runs are kept in --work_dir and not run again.
 """
 
 import argparse
@@ -81,7 +82,9 @@ def measure(folder, fresh, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("build/domain"))
-    parser.add_argument("--steps", type=int, default=200, help="D-OPSD steps of 8; SFT gets the same transformer passes")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="D-OPSD steps of 8; SFT gets the same transformer passes"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--seeds", type=int, default=4)

@@ -3,10 +3,10 @@
     python examples/miniature/editing.py
     python examples/miniature/editing.py --edits style --methods vlm sft_prior
 
-The words "zorp the thing" turn the object of a reference into a purple outlined arrow, "quave the thing" draws the reference in the
-style ember; the rest of the picture stays. The student is given reference and words, the teacher the finished picture, too. All
-methods train the default LoRA for 1,152 transformer passes in batches of 2, as in compare.py, at three learning rates. trials.py
-says where finished runs are kept.
+The words "zorp the thing" turn the object of a reference into a purple outlined arrow, "quave the thing" draws the
+reference in the style ember; the rest of the picture stays. The student is given reference and words, the teacher the
+finished picture, too. All methods train the default LoRA for 1,152 transformer passes in batches of 2, as in
+compare.py, at three learning rates. trials.py says where finished runs are kept.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def pairs_of(edit):
 
 
 def draw(scenes, seed):
-    """Pictures of (reference, result): rotation and place are drawn with one seed, so that the object stays where it is."""
+    """Pictures of (reference, result): rotation and place are drawn with one seed, so that the object stays where it
+    is."""
     return [[Image.fromarray(world.render(scene, seed + i)) for scene in pair] for i, pair in enumerate(scenes)]
 
 
@@ -90,7 +91,10 @@ def measuring(edit):
 def new_edit(judge, images, scenes, edit):
     """Shares of pictures in which the edit was made, the rest was kept, and both."""
     concept, _, rest = EDITS[edit]
-    return {name: accuracy(judge, images, scenes, what)[0] for name, what in (("new", concept.shows), ("kept", rest), ("both", [*concept.shows, *rest]))}
+    return {
+        name: accuracy(judge, images, scenes, what)[0]
+        for name, what in (("new", concept.shows), ("kept", rest), ("both", [*concept.shows, *rest]))
+    }
 
 
 def figures_of(transformer, edit, seeds):
@@ -110,7 +114,9 @@ def teacher_figures(edit, teacher_context, seeds):
     pipeline = load_pipeline(folder=HERE / "klein")
     pipeline.load_multimodal_encoder(str(HERE / "vlm"))
     scenes, pictures = pairs_of(edit)[0], draw(pairs_of(edit)[0], 300)
-    contexts = pipeline.encode_teacher([EDITS[edit][1]] * PAIRS, [p[1] for p in pictures], teacher_context, [[p[0]] for p in pictures])
+    contexts = pipeline.encode_teacher(
+        [EDITS[edit][1]] * PAIRS, [p[1] for p in pictures], teacher_context, [[p[0]] for p in pictures]
+    )
     judge, results = Judge.from_pretrained(HERE / "judge"), [result for _, result in scenes]
     found = [new_edit(judge, sample(pipeline, contexts, seed), results, edit) for seed in seeds]
     return {name: [each[name] for each in found] for name in found[0]}
@@ -150,10 +156,24 @@ def run(job):
 
 
 def print_table(edit, rows):
-    names = {"new": "new edit made", "kept": "rest kept", "both": "both", "known": "known edits: colour, background and position right", "all": "shape and pattern, too", "unrelated": "prompts alone right"}
-    print(f"\n{edit}: {EDITS[edit][1]!r}\n\n| | learning rate | {' | '.join(names.values())} |\n" + "|---" * (len(names) + 2) + "|")
+    names = {
+        "new": "new edit made",
+        "kept": "rest kept",
+        "both": "both",
+        "known": "known edits: colour, background and position right",
+        "all": "shape and pattern, too",
+        "unrelated": "prompts alone right",
+    }
+    print(
+        f"\n{edit}: {EDITS[edit][1]!r}\n\n| | learning rate | {' | '.join(names.values())} |\n"
+        + "|---" * (len(names) + 2)
+        + "|"
+    )
     for label, rate, seeds in rows:
-        cells = [compare.interval([100 * np.mean(figures[name]) for figures in seeds]) if name in seeds[0] else "" for name in names]
+        cells = [
+            compare.interval([100 * np.mean(figures[name]) for figures in seeds]) if name in seeds[0] else ""
+            for name in names
+        ]
         print(f"| {label} | {rate} | {' | '.join(cells)} |", flush=True)
 
 
@@ -175,8 +195,15 @@ def main():
             found.setdefault((edit, name, rate), []).append(figures)
     for edit in args.edits:
         rows = [("before", "", [figures_of(measuring(edit)[1].transformer, edit, range(args.seeds))])]
-        rows += [(f"the teacher ({way}), training pairs", "", [teacher_figures(edit, way, range(args.seeds))]) for way in ("vlm", "edit")]
-        rows += [(METHODS[name].label, f"{rate:g}", found[edit, name, rate]) for name in args.methods for rate in METHODS[name].rates]
+        rows += [
+            (f"the teacher ({way}), training pairs", "", [teacher_figures(edit, way, range(args.seeds))])
+            for way in ("vlm", "edit")
+        ]
+        rows += [
+            (METHODS[name].label, f"{rate:g}", found[edit, name, rate])
+            for name in args.methods
+            for rate in METHODS[name].rates
+        ]
         print_table(edit, rows)
 
 

@@ -1,7 +1,7 @@
 """Measures miniature models with the judge, at four steps.
 
-    python examples/miniature/evaluate.py teacher                       # teacher and student before any training
-    python examples/miniature/evaluate.py gap --base build/miniature/base/pipeline    # base against step-distilled model
+python examples/miniature/evaluate.py teacher                       # teacher and student before any training
+python examples/miniature/evaluate.py gap --base build/miniature/base/pipeline    # base against step-distilled model
 """
 
 import argparse
@@ -47,7 +47,8 @@ def load_pipeline(lora=None, folder=HERE / "model"):
 
 @torch.no_grad()
 def sample(pipeline, contexts, seed, steps=STEPS, negative=None, guidance=0.0):
-    """One picture (64, 64, 3) of uint8 per context; the noise of picture i depends on (seed, i) alone. Guidance: Z-Image alone."""
+    """One picture (64, 64, 3) of uint8 per context; the noise of picture i depends on (seed, i) alone. Guidance:
+    Z-Image alone."""
     size, images = world.RESOLUTION, []
     for start in range(0, len(contexts), 64):
         chunk = contexts[start : start + 64]
@@ -89,9 +90,9 @@ def mean_detail(images):
 
 
 def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
-    """What a fine-tuned model still does with unrelated prompts: per seed, the share of scenes drawn right in shape, colour,
-    pattern, background and position (`right`); the Frechet distance of all pictures to fresh drawings of the same scenes
-    (`frechet`); the fine detail of the pictures relative to those drawings (`detail`)."""
+    """What a fine-tuned model still does with unrelated prompts: per seed, the share of scenes drawn right in shape,
+    colour, pattern, background and position (`right`); the Frechet distance of all pictures to fresh drawings of the
+    same scenes (`frechet`); the fine detail of the pictures relative to those drawings (`detail`)."""
     scenes = unrelated_scenes()
     contexts = pipeline.encode_student(captions(scenes))
     images = [sample(pipeline, contexts, seed, steps) for seed in seeds]
@@ -104,7 +105,9 @@ def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
 def teacher_contexts(pipeline, concept, teacher_context="vlm"):
     """Contexts of the held-out prompts with training picture i mod 4."""
     pictures, prompts = training_pictures(concept), captions(held_out_scenes(concept), concept)
-    return pipeline.encode_teacher(prompts, [pictures[i % len(pictures)] for i in range(len(prompts))], teacher_context)
+    return pipeline.encode_teacher(
+        prompts, [pictures[i % len(pictures)] for i in range(len(prompts))], teacher_context
+    )
 
 
 def report_teacher(args):
@@ -113,21 +116,32 @@ def report_teacher(args):
     candidates = dict(CONCEPTS)
     if args.all:
         for shape in world.PICTURED_SHAPES + world.NEW_SHAPES:
-            candidates[f"green rings {shape}"] = replace(CONCEPTS["arrow"], shape=shape, colour="green", pattern="rings")
+            candidates[f"green rings {shape}"] = replace(
+                CONCEPTS["arrow"], shape=shape, colour="green", pattern="rings"
+            )
     print("| concept | context | right | each attribute |\n|---|---|---|---|")
     for name, concept in candidates.items():
-        contexts = {"student": None, **{f"teacher, {c}": teacher_contexts(pipeline, concept, c) for c in pipeline.teacher_contexts}}
+        contexts = {
+            "student": None,
+            **{f"teacher, {c}": teacher_contexts(pipeline, concept, c) for c in pipeline.teacher_contexts},
+        }
         for who, context in contexts.items():
             results, _ = concept_accuracy(pipeline, judge, concept, range(args.seeds), context)
-            each = {a: np.mean([shares[a] for _, shares in results]) for a in ("shape", "colour", "pattern", *concept.shows)}
+            each = {
+                a: np.mean([shares[a] for _, shares in results])
+                for a in ("shape", "colour", "pattern", *concept.shows)
+            }
             each = ", ".join(f"{a} {100 * v:.0f}" for a, v in each.items())
             print(f"| {name} | {who} | {spread([s for s, _ in results])} | {each} |", flush=True)
     kept = unrelated_accuracy(pipeline, judge, range(args.seeds))
-    print(f"\nunrelated prompts: {spread(kept['right'])} right, Frechet distance {kept['frechet']:.0f}, detail {kept['detail']:.2f}")
+    print(
+        f"\nunrelated prompts: {spread(kept['right'])} right, Frechet distance {kept['frechet']:.0f}, detail {kept['detail']:.2f}"
+    )
 
 
 def report_gap(args):
-    """The base at 50 steps with guidance, the base at 4 steps with and without, the step-distilled model at 4 steps."""
+    """The base at 50 steps with guidance, the base at 4 steps with and without, the step-distilled model at 4
+    steps."""
     judge = Judge.from_pretrained(HERE / "judge")
     distilled, base = load_pipeline(), load_pipeline(folder=args.base)
     scenes = unrelated_scenes(48)
@@ -141,7 +155,9 @@ def report_gap(args):
     }
     # the base's own row compares two sets of different seeds: the floor of the distance
     others = [p for seed in range(args.seeds, 2 * args.seeds) for p in sample(base, contexts, seed, 50, negative, 1.5)]
-    print("| model | all attributes right | fine detail | Frechet distance to the base at 50 steps | to real pictures |")
+    print(
+        "| model | all attributes right | fine detail | Frechet distance to the base at 50 steps | to real pictures |"
+    )
     print(f"|---|---|---|---|---|\n| real pictures | {spread([accuracy(judge, real, scenes * args.seeds, UNRELATED)[0]])} "
           f"| 1.00 | {frechet(judge, real, others):.0f} | |")  # fmt: skip
     rows = []

@@ -81,4 +81,6 @@ def frechet(judge, images, others):
     (a, _), (b, _) = inspect(judge, images), inspect(judge, others)
     a, b = a.double(), b.double()
     product = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * product).item()
+    return (
+        (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * product
+    ).item()

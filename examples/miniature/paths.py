@@ -1,8 +1,9 @@
-"""What the miniatures of FLUX.2-klein and Krea 2 learn: the four steps of the Z-Image miniature, whose weights they start from.
+"""What the miniatures of FLUX.2-klein and Krea 2 learn: the four steps of the Z-Image miniature, whose weights they
+start from.
 
 The states that the Z-Image miniature visits, from captions and from pictures in its context, are written once. Another
-transformer learns the velocities that lead along them on its own few-step grid and, in the first part of its training, what
-each of its blocks has to make of the tokens of the picture.
+transformer learns the velocities that lead along them on its own few-step grid and, in the first part of its training,
+what each of its blocks has to make of the tokens of the picture.
 """
 
 import functools
@@ -52,7 +53,8 @@ def read_rows(args, kind):
 
 @torch.no_grad()
 def walk(pipeline, contexts, seed):
-    """States of the Z-Image miniature before and after each of its steps, (B, 5, 8, 16, 16); row i starts from the noise of `seed` + i."""
+    """States of the Z-Image miniature before and after each of its steps, (B, 5, 8, 16, 16); row i starts from the
+    noise of `seed` + i."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(contexts))]
     states = [torch.cat([torch.randn(1, 8, 16, 16, generator=g) for g in generators]).to(device())]
     for timestep in pipeline.few_step_grid(STEPS, states[0]):
@@ -74,7 +76,11 @@ def write_paths(args, kind, batches):
 @torch.no_grad()
 def stage_paths(args):
     for kind in ROWS:
-        encode = lambda p: (p.encode_teacher(*row) if row[1] else p.encode_student(row[0]) for row in read_rows(args, kind))  # noqa: B023, E731
+
+        def encode(p, kind=kind):
+            rows = read_rows(args, kind)
+            return (p.encode_teacher(*row) if row[1] else p.encode_student(row[0]) for row in rows)
+
         write_paths(args, kind, encode)
 
 
@@ -84,8 +90,8 @@ def halved(contexts):
 
 @torch.no_grad()
 def write_contexts(args, prefix, pipeline, ways):
-    """The contexts of a new miniature's `pipeline`, of captions (`text`) and, with pictures, of each of `ways`, functions of
-    prompts and pictures."""
+    """The contexts of a new miniature's `pipeline`, of captions (`text`) and, with pictures, of each of `ways`,
+    functions of prompts and pictures."""
     pipeline.load_multimodal_encoder(str(build.HERE / "vlm"))
     for kind in ROWS:
         contexts = {way: [] for way in (["text"] if kind == "text" else ways)}
@@ -108,16 +114,21 @@ class Rows:
         self.shares = counts / counts.sum()
 
     def draw(self, rng, sigmas):
-        """Both contexts, states before and after one step of the grid `sigmas` for each row, and the number of the step."""
+        """Both contexts, states before and after one step of the grid `sigmas` for each row, and the number of the
+        step."""
         rows = rng.choice(self.rows_of[int(rng.choice(self.lengths, p=self.shares))], 64)
         k = torch.from_numpy(rng.integers(STEPS, size=64))
-        contexts = [[{name: v.float().to(device()) for name, v in c[i].items()} for i in rows] for c in (self.ours, self.theirs)]
+        contexts = [
+            [{name: v.float().to(device()) for name, v in c[i].items()} for i in rows]
+            for c in (self.ours, self.theirs)
+        ]
         paths = self.paths[rows].float()
         return *contexts, *(at(paths, sigmas[n]).to(device()) for n in (k, k + 1)), k
 
 
 def at(paths, sigmas):
-    """States at `sigmas` (B,), on the straight lines between those of `paths`, which are at the Z-Image miniature's own."""
+    """States at `sigmas` (B,), on the straight lines between those of `paths`, which are at the Z-Image miniature's
+    own."""
     knots, row = build.grid(STEPS), torch.arange(len(sigmas))
     j = torch.bucketize(-sigmas, -knots, right=True).clamp(1, STEPS)
     share = ((knots[j - 1] - sigmas) / (knots[j - 1] - knots[j])).view(-1, 1, 1, 1)
@@ -128,18 +139,23 @@ def at(paths, sigmas):
 class Donor:
     """The transformer of the Z-Image miniature as a source of weights.
 
-    Its norms behind attention and feed-forward become scales of their last layers, as large as they are on a batch, and its
+    Its norms behind attention and feed-forward become scales of their last layers, as large as they are on a batch,
+    and its
     modulations their mean over the few steps: blocks of klein and Krea 2 have no such norms, and other modulations.
     """
 
     def __init__(self, args):
         pipeline = z_image()
         t = self.transformer = pipeline.transformer
-        self.blocks, self.embedder, self.final = [*t.noise_refiner, *t.layers], t.all_x_embedder["2-1"], t.all_final_layer["2-1"]
+        self.blocks = [*t.noise_refiner, *t.layers]
+        self.embedder = t.all_x_embedder["2-1"]
+        self.final = t.all_final_layer["2-1"]
         seen, handles = {}, []
 
         def listen(module, key, of):
-            handles.append(module.register_forward_hook(lambda m, i, output: seen.setdefault(key, []).append(of(output.float()))))
+            handles.append(
+                module.register_forward_hook(lambda m, i, output: seen.setdefault(key, []).append(of(output.float())))
+            )
 
         size = lambda output: output.square().mean(-1).sqrt().mean()  # noqa: E731
         listen(self.embedder, self.embedder, size)
@@ -152,7 +168,9 @@ class Donor:
             prompts, _ = next(read_rows(args, "text"))
             self.contexts, x = pipeline.encode_student(prompts), torch.randn(len(prompts), 8, 16, 16).to(device())
             for timestep in pipeline.few_step_grid(STEPS, x):
-                x = pipeline.scheduler.step(pipeline.velocity(t, x, timestep, self.contexts), timestep, x, return_dict=False)[0]
+                x = pipeline.scheduler.step(
+                    pipeline.velocity(t, x, timestep, self.contexts), timestep, x, return_dict=False
+                )[0]
         for handle in handles:
             handle.remove()
         self.seen = {key: torch.stack(values).mean(0) for key, values in seen.items()}
@@ -160,7 +178,8 @@ class Donor:
         self.order = index.permute(2, 0, 1).flatten()  # channel, row, column: those of klein and Krea 2
 
     def modulation(self, block):
-        """Scale and gate of attention, scale and gate of feed-forward; a block without has none to add or to multiply with."""
+        """Scale and gate of attention, scale and gate of feed-forward; a block without has none to add or to multiply
+        with."""
         if not block.modulation:
             return torch.tensor([0.0, 1.0, 0.0, 1.0]).to(device())[:, None]
         scale_msa, gate_msa, scale_mlp, gate_mlp = self.seen[block.adaLN_modulation].chunk(4)
@@ -183,7 +202,10 @@ class Counterparts:
     def __init__(self, theirs, blocks, picture_of):
         self.theirs, self.outputs = theirs, {"theirs": {}, "ours": {}}
         old = theirs.transformer
-        sides = {"theirs": ([*old.noise_refiner, *old.layers], lambda output: output[:, :TOKENS]), "ours": (blocks, picture_of)}
+        sides = {
+            "theirs": ([*old.noise_refiner, *old.layers], lambda output: output[:, :TOKENS]),
+            "ours": (blocks, picture_of),
+        }
         for side, (side_blocks, tokens_of) in sides.items():
             for number, block in enumerate(side_blocks):
                 block.register_forward_hook(functools.partial(self.note, self.outputs[side], number, tokens_of))
@@ -202,8 +224,8 @@ class Counterparts:
 def distill(args, prefix, pipeline, cycle, counterparts, pack=lambda latents: latents):
     """Regression of the velocity between neighbouring states: four steps, no guidance; see `MATCHED`.
 
-    `cycle` says what each batch holds, in turn: kind of rows and way of showing the picture; `pack` makes latents of the
-    pipeline from those of the Z-Image miniature.
+    `cycle` says what each batch holds, in turn: kind of rows and way of showing the picture; `pack` makes latents of
+    the pipeline from those of the Z-Image miniature.
     """
     rows = {pair: Rows(args, prefix, *pair) for pair in dict.fromkeys(cycle)}
     steps = max(len(cycle), int(args.distill_steps * args.scale))
@@ -228,7 +250,13 @@ def distill(args, prefix, pipeline, cycle, counterparts, pack=lambda latents: la
 
     run.train(loss_of)
     build.save_transformer(run.model, run.path / "model")
-    run.finish(**{" ".join(pair) if pair in rows else pair: round(float(np.mean(v[-50:])), 4) for pair, v in logs.items() if v})
+    run.finish(
+        **{
+            " ".join(pair) if pair in rows else pair: round(float(np.mean(v[-50:])), 4)
+            for pair, v in logs.items()
+            if v
+        }
+    )
 
 
 def export(args, name, stock_class, pipeline, **settings):

@@ -1,8 +1,10 @@
-"""Trains and measures variants of D-OPSD, and what it is compared with, on the miniatures: what curves.py and compare.py share.
+"""Trains and measures variants of D-OPSD, and what it is compared with, on the miniatures: what curves.py and
+compare.py share.
 
-All are trained by train_dopsd_lora.py itself, with its default LoRA on the attention and feed-forward of all blocks; a variant puts
-functions of its own in the place of some of the script's. Cost is counted in transformer passes, a forward or a backward of one
-image. A finished run is a file in the work folder or an entry of a JSON file beside the programs, and is not run again.
+All are trained by train_dopsd_lora.py itself, with its default LoRA on the attention and feed-forward of all blocks; a
+variant puts functions of its own in the place of some of the script's. Cost is counted in transformer passes, a
+forward or a backward of one image. A finished run is a file in the work folder or an entry of a JSON file beside the
+programs, and is not run again.
 
     python examples/miniature/trials.py curves       # files in build/curves become entries of curves.json
 """
@@ -36,10 +38,12 @@ RANK, EMA_DECAY = 16, 0.999
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from one state of each rollout: trained states, flags, and what takes the place of the script's functions.
+    """What differs from one state of each rollout: trained states, flags, and what takes the place of the script's
+    functions.
 
-    `stand_in` makes, of the concept's folder and a pipeline with its VAE, further functions of that kind; `cost` is the mean number
-    of passes of an image where rollouts do not tell it; `folder` makes another data folder of the concept's.
+    `stand_in` makes, of the concept's folder and a pipeline with its VAE, further functions of that kind; `cost` is
+    the mean number of passes of an image where rollouts do not tell it; `folder` makes another data folder of the
+    concept's.
     """
 
     label: str
@@ -53,8 +57,8 @@ class Variant:
     prior: bool = True
 
     def passes(self):
-        """Mean passes of an image: of one whose last trained state is the k-th, k student forwards, and for each trained state a
-        teacher forward and a backward."""
+        """Mean passes of an image: of one whose last trained state is the k-th, k student forwards, and for each
+        trained state a teacher forward and a backward."""
         if self.cost:
             return self.cost
         args = argparse.Namespace(rollout_steps=K, states_per_rollout=self.states, train_batch_size=1, seed=0)
@@ -125,7 +129,10 @@ def prefix_of(model):
 def run(variants, job):
     """Trains one LoRA, measures it on its way, and returns and stores the figures at each point."""
     model, name, share, concept, setting, seed, measured, args = job
-    record = args.work_dir / f"{prefix_of(model)}{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{measured}.json"
+    record = (
+        args.work_dir
+        / f"{prefix_of(model)}{name}-{share:g}-{concept}-b{setting[0]}-{setting[1]:g}-seed{seed}{measured}.json"
+    )
     finished = json.loads(args.finished.read_text())
     if record.stem in finished:
         return job[:-1], finished[record.stem]
@@ -143,7 +150,13 @@ def run(variants, job):
                     pipeline.transformer.fuse_lora()  # draws the same, faster
                 judge, lent = measuring(model)
                 lent.transformer = pipeline.transformer
-                figures = figures_of(lent, judge, concept, range(seeds[step]), 30 if measured == "-whole" and seed == 0 and concept in MAIN else 0)
+                figures = figures_of(
+                    lent,
+                    judge,
+                    concept,
+                    range(seeds[step]),
+                    30 if measured == "-whole" and seed == 0 and concept in MAIN else 0,
+                )
                 points.append({"step": step, "passes": each * step, **figures})
 
         train(model, variant, concept, setting, steps, seed, measure, args.work_dir)
@@ -173,13 +186,23 @@ def rounded(value):
     """`value`, which JSON can hold, with six digits of its numbers."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.6g}") if isinstance(value, float) else value
+    return (
+        [rounded(part) for part in value]
+        if isinstance(value, list)
+        else float(f"{value:.6g}")
+        if isinstance(value, float)
+        else value
+    )
 
 
 def collect(work_dir, finished):
     """Takes the finished runs of a work folder into the file `finished`, one on each line."""
-    runs = json.loads(finished.read_text()) | {path.stem: rounded(json.loads(path.read_text())) for path in work_dir.glob("*.json")}
-    finished.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)) + "\n}\n")
+    runs = json.loads(finished.read_text()) | {
+        path.stem: rounded(json.loads(path.read_text())) for path in work_dir.glob("*.json")
+    }
+    finished.write_text(
+        "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)) + "\n}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """A procedural world of 64x64 scenes: the training data, the prompts and the concepts of the miniature.
 
-A scene is one object (shape, colour, pattern, size) on a pastel background at one of five positions. Its caption can name
-all of these. Much is left open by every caption, as in real photographs: rotation, exact place, shade, the direction of
-the background's gradient, six specks of confetti. This is what makes few-step sampling hard.
+A scene is one object (shape, colour, pattern, size) on a pastel background at one of five positions. Its caption can
+name all of these. Much is left open by every caption, as in real photographs: rotation, exact place, shade, the
+direction of the background's gradient, six specks of confetti. This is what makes few-step sampling hard.
 
 No caption ever names the shapes of `PICTURED_SHAPES` and the patterns of `PICTURED_PATTERNS`: the models meet them in
-pictures only. Never drawn in any training stage: an object in the colour that `HELD_OUT` keeps for a concept (no arrow is
-purple), the shapes of `NEW_SHAPES` and the style `NEW_STYLE`.
+pictures only. Never drawn in any training stage: an object in the colour that `HELD_OUT` keeps for a concept (no arrow
+is purple), the shapes of `NEW_SHAPES` and the style `NEW_STYLE`.
 """
 
 from dataclasses import dataclass, replace
@@ -50,7 +50,30 @@ TEXTURES = ["none", "grid", "dots", "hatch", "bars"]
 EDGES = [None, (255, 255, 255), (20, 20, 20)]
 
 NEW_WORDS = ["zorp", "blick", "quave"]
-_SYLLABLES = ["ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pi", "ro", "su", "ta", "ve", "wi", "xo", "ye", "zu", "ch", "gr", "pl", "sn", "tr"]
+_SYLLABLES = [
+    "ba",
+    "do",
+    "fi",
+    "gu",
+    "ka",
+    "le",
+    "mo",
+    "nu",
+    "pi",
+    "ro",
+    "su",
+    "ta",
+    "ve",
+    "wi",
+    "xo",
+    "ye",
+    "zu",
+    "ch",
+    "gr",
+    "pl",
+    "sn",
+    "tr",
+]
 _ENDINGS = ["b", "ck", "d", "f", "g", "l", "m", "n", "p", "r", "sh", "t", "x", "zz"]
 
 
@@ -118,7 +141,22 @@ def outline(shape):
         return _regular(10, 0.0, (1.0, 0.42))
     if shape == "cross":
         a = 0.33
-        return np.array([[-a, -1], [a, -1], [a, -a], [1, -a], [1, a], [a, a], [a, 1], [-a, 1], [-a, a], [-1, a], [-1, -a], [-a, -a]])
+        return np.array(
+            [
+                [-a, -1],
+                [a, -1],
+                [a, -a],
+                [1, -a],
+                [1, a],
+                [a, a],
+                [a, 1],
+                [-a, 1],
+                [-a, a],
+                [-1, a],
+                [-1, -a],
+                [-a, -a],
+            ]
+        )
     if shape == "diamond":
         return np.array([[0, -1], [0.62, 0], [0, 1], [-0.62, 0]])
     if shape == "heart":
@@ -136,11 +174,27 @@ def outline(shape):
     if shape == "arrow":
         return np.array([[0, -1], [0.8, -0.1], [0.3, -0.1], [0.3, 1], [-0.3, 1], [-0.3, -0.1], [-0.8, -0.1]])
     if shape == "house":
-        return np.array([[0, -1], [0.95, -0.15], [0.65, -0.15], [0.65, 0.9], [-0.65, 0.9], [-0.65, -0.15], [-0.95, -0.15]])
+        return np.array(
+            [[0, -1], [0.95, -0.15], [0.65, -0.15], [0.65, 0.9], [-0.65, 0.9], [-0.65, -0.15], [-0.95, -0.15]]
+        )
     if shape == "bolt":
         return np.array([[0.25, -1], [-0.65, 0.15], [-0.05, 0.15], [-0.25, 1], [0.65, -0.25], [0.05, -0.25]])
     if shape == "tree":
-        return np.array([[0, -1], [0.7, -0.1], [0.35, -0.1], [0.85, 0.55], [0.2, 0.55], [0.2, 1], [-0.2, 1], [-0.2, 0.55], [-0.85, 0.55], [-0.35, -0.1], [-0.7, -0.1]])
+        return np.array(
+            [
+                [0, -1],
+                [0.7, -0.1],
+                [0.35, -0.1],
+                [0.85, 0.55],
+                [0.2, 0.55],
+                [0.2, 1],
+                [-0.2, 1],
+                [-0.2, 0.55],
+                [-0.85, 0.55],
+                [-0.35, -0.1],
+                [-0.7, -0.1],
+            ]
+        )
     if shape == "fish":
         x = np.linspace(-1, 0.45, 16)
         y = 0.6 * np.sqrt(np.clip(1 - ((x + 0.25) / 0.78) ** 2, 0, 1))
@@ -177,8 +231,13 @@ def style_of(name):
     edge = EDGES[rng.integers(3)]
     style = Style(background, texture, tuple(int(v) for v in rng.integers(0, 256, 3)), edge)
     dark = background is not None and max(background) < 90
-    if dark and edge == (255, 255, 255) and (texture == "grid" or (texture == "bars" and _warm(background, style.texture_colour))):
-        return replace(style, texture="hatch")  # keeps NEW_STYLE's combination out of training, and a second one: dark grids
+    if (
+        dark
+        and edge == (255, 255, 255)
+        and (texture == "grid" or (texture == "bars" and _warm(background, style.texture_colour)))
+    ):
+        # keeps NEW_STYLE's combination out of training, and a second one: dark grids
+        return replace(style, texture="hatch")
     return style
 
 
@@ -254,7 +313,9 @@ def render(scene, seed):
     y, x = np.mgrid[:side, :side].astype(np.float32)
     style = style_of(scene.style)
 
-    background = np.array(style.background if style and style.background else BACKGROUNDS[scene.background], np.float32)
+    background = np.array(
+        style.background if style and style.background else BACKGROUNDS[scene.background], np.float32
+    )
     angle = rng.uniform(0, 2 * np.pi)
     slope = ((x / side - 0.5) * np.cos(angle) + (y / side - 0.5) * np.sin(angle))[..., None]
     canvas = background + rng.uniform(-6, 6, 3) + slope * rng.uniform(20, 45)
@@ -341,12 +402,17 @@ def sample_change(rng):
     options = {"colour": COLOURS, "background": BACKGROUNDS, "position": POSITIONS}[attribute]
     value = str(rng.choice([option for option in options if option != getattr(before, attribute)]))
     place = "in the centre" if value == "centre" else f"at the {value}"
-    words = {"colour": f"a {value} thing", "background": f"a thing on a {value} background", "position": f"a thing {place}"}
+    words = {
+        "colour": f"a {value} thing",
+        "background": f"a thing on a {value} background",
+        "position": f"a thing {place}",
+    }
     return before, replace(before, **{attribute: value}), words[attribute]
 
 
 def caption(scene, rng=None, name=None, style_word=None):
-    """Caption of `scene`. `rng` drops attributes at random, `name` stands for the object (its look then stays unsaid)."""
+    """Caption of `scene`. `rng` drops attributes at random, `name` stands for the object (its look then stays
+    unsaid)."""
     keep = lambda p: rng is None or rng.random() < p  # noqa: E731
     words = ["a"]
     if keep(0.75):
