@@ -124,6 +124,34 @@ a robot watering plants in a greenhouse
 an astronaut reading a newspaper on a park bench
 """.strip().split("\n")
 
+# the same for models that are given reference images: ordinary edits, with --reference_column
+PRIOR_EDITS = """
+make it night
+make it a sunny morning
+change the season to winter
+let it rain
+put it on a beach
+replace the background with a plain white wall
+blur the background
+change the colour of the main object to blue
+make everything except the main object black and white
+make the colours warmer
+turn it into a watercolour painting
+turn it into a pencil drawing
+turn it into a pixel art picture
+turn it into a low-poly 3D render
+make it look like a photo from the 1970s
+add a cat in the foreground
+add a wooden frame around the picture
+add the words "good morning" at the top
+remove all text
+remove the people in the background
+move the main object to the left
+make the main object smaller
+show it from above
+zoom out to show more of the surroundings
+""".strip().split("\n")
+
 
 class VisionPart(Qwen3VLVisionModel):
     """The vision part of a Qwen3-VL, alone."""

@@ -387,7 +387,7 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
 import pipeline_dopsd
-from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_PROMPTS, family_of, repository_config
+from pipeline_dopsd import LORA_WEIGHT_NAME, PRIOR_EDITS, PRIOR_PROMPTS, family_of, repository_config
 
 
 check_min_version("0.42.0")
@@ -695,14 +695,22 @@ def with_mirrored(dataset):
 
 
 def read_prior_prompts(args):
-    """The lines of --prior_prompts, or the built-in ones. Raises ValueError where there are none to read."""
+    """The lines of --prior_prompts, each once, or the built-in ones. Raises ValueError where there are none."""
     if args.prior_prompts in (None, "none"):
-        return [] if args.prior_prompts else PRIOR_PROMPTS
+        return [] if args.prior_prompts else PRIOR_PROMPTS + (PRIOR_EDITS if args.reference_column else [])
     flag = f"--prior_prompts {args.prior_prompts}"
-    prompts = read_lines(Path(args.prior_prompts), flag)
+    prompts = list(dict.fromkeys(read_lines(Path(args.prior_prompts), flag)))
     if not prompts:
         raise ValueError(f"{flag} holds no prompt: write one on each line.")
     return prompts
+
+
+def prior_of(index, count, prompts, referring):
+    """(index for `rows_of`, prompts) of a prior batch in the place of row `index` of `count`: all of `prompts` or, if
+    it is `referring`, the row's share of them, which stand beside its references."""
+    if not referring:
+        return None, prompts
+    return ~index, [prompts[k % len(prompts)] for k in range(index, max(count, len(prompts)), count)]
 
 
 def references_of(row):
@@ -716,9 +724,12 @@ def shown_row(rows, index, args):
 
 
 def rows_of(rows, index, args):
-    """The row and the row whose image the teacher sees; a prior prompt, of index None, has no images."""
+    """The row and the row whose image the teacher sees. Prior prompts, of index None or ~row, have no image; of the
+    second kind, they have the row's references."""
     if index is None:
         return ({"image_hash": None, "bucket": None, "reference_hashes": []},) * 2
+    if index < 0:
+        return ({**rows[~index], "image_hash": None},) * 2
     row = rows[index]
     return row, row if args.teacher_image == "target" else shown_row(rows, index, args)
 
@@ -1116,15 +1127,15 @@ class LoRATeacher:
             parameter.data, average.data = average.data, parameter.data
 
 
-def make_batch(pipeline, rows, cache, draws, prior_prompts, args, device):
+def make_batch(pipeline, rows, cache, draws, prior, args, device):
     """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random,
-    or one of `prior_prompts` if there are any."""
+    or one of the prompts that `prior`, see `prior_of`, gives for the row."""
     noise, contexts = [], []
     for index, rng in draws:
-        pair = rows_of(rows, index, args)
-        bucket, captions = pair[0]["bucket"], prior_prompts or pair[0]["captions"]
+        bucket, captions = rows[index]["bucket"], rows[index]["captions"]
+        index, captions = prior(index) if prior else (index, captions)
         caption = captions[rng.integers(len(captions))]
-        contexts.append(cache.read(*(rows_of(rows, None, args) if prior_prompts else pair), caption))
+        contexts.append(cache.read(*rows_of(rows, index, args), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*bucket, generator))
     contexts = [[{n: to_device(t, device) for n, t in context.items()} for context in both] for both in contexts]
@@ -1955,13 +1966,14 @@ def check_contexts(family, args, dataset, pairs):
         ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
         without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
-        text = caption if index is None else caption + suffix
+        prior = index is None or index < 0
+        text = caption if prior else caption + suffix
         if token := next((token for token in special if token and token in text), None):
             place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
             raise ValueError(f"{place} holds {token}, a mark of the chat; write it in another way.")
         prompt = text if edit else caption
         limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
-        if not edit and index is not None:
+        if not edit and not prior:
             bucket = shown_row(buckets, index, args)
             length_of = functools.partial(encoder.context_length, text, *bucket, ending)
             limits.insert(0, (longest, without_text[bucket], length_of, " or lower --teacher_max_pixels"))
@@ -1975,9 +1987,10 @@ def check_contexts(family, args, dataset, pairs):
 
 def place_of(dataset, index, caption, args):
     """Where a caption or prompt stands."""
-    if index is None and args.prior_prompts is None:
+    prior = index is None or index < 0
+    if prior and args.prior_prompts is None:
         return "the built-in --prior_prompts"
-    if index is None:
+    if prior:
         lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
         return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
     if caption == args.instance_prompt:
@@ -2034,6 +2047,9 @@ def check_inputs(args):
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
     prior_prompts = read_prior_prompts(args)
     pairs += [(None, prompt) for prompt in prior_prompts]
+    if args.reference_column and prior_prompts:
+        for index, prompts in (prior_of(row, len(dataset), prior_prompts, True) for row in range(len(dataset))):
+            pairs += [(index, prompt) for prompt in prompts]
     counts = {"images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:])))}
     counts |= {"captions": sum(map(len, captions)), "references": sum(map(len, dataset["reference_hashes"][:]))}
     counts["prior prompts"] = len(prior_prompts)
@@ -2412,7 +2428,10 @@ def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish
 
     def batch_at(micro_step):
         draws = draw_batch(layouts, args, micro_step, accelerator.process_index, accelerator.num_processes)
-        prior = prior_prompts if prior_steps(micro_step + 1, args) > prior_steps(micro_step, args) else []
+        number = prior_steps(micro_step + 1, args)
+        # with references, every other prior batch shows them
+        options = {"count": len(rows), "prompts": prior_prompts, "referring": args.reference_column and number % 2}
+        prior = functools.partial(prior_of, **options) if number > prior_steps(micro_step, args) else None
         return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
 
     accumulated = args.gradient_accumulation_steps

@@ -260,6 +260,36 @@ def test_editing_gives_references_to_student_and_target_to_teacher(train, with_r
     assert given[0].size == WIDE.size
 
 
+def test_every_other_batch_of_prior_prompts_shows_references(train, with_references, tmp_path, monkeypatch):
+    """A model that learns a new edit would forget those that it knows, which need a reference to be practised."""
+    seen, velocity = [], DOPSDFlux2KleinPipeline.velocity
+
+    def recorded(self, transformer, latents, timestep, contexts):
+        seen.append(contexts)
+        return velocity(self, transformer, latents, timestep, contexts)
+
+    patch_velocity(monkeypatch, DOPSDFlux2KleinPipeline, recorded)
+    (tmp_path / "prior.txt").write_text("make it red\nmake it blue\nmake it red\n")
+    changes = {"reference_column": "reference", "prior_prompts": tmp_path / "prior.txt", "prior_every": 2}
+    changes |= {"instance_data_dir": with_references, "context_cache_dir": tmp_path / "cache", "train_batch_size": 2}
+    train(tmp_path / "out", max_train_steps=8, rollout_steps=1, **changes)
+    for number, (teacher, student) in enumerate(zip(seen[2::4], seen[3::4])):
+        for ours, theirs in zip(student, teacher, strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            assert ("reference_0" in ours) == (number % 2 == 0)
+    # of both kinds for each row; each prompt alone and, of four rows, with a row's reference
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4 + 4 + 2 + 4
+
+
+def test_prior_prompts_are_shared_out_over_references():
+    """Of many prompts and few images, or the other way round, some would never be drawn, or all with all be encoded."""
+    for count in (2, 3, 9):
+        shares = [script.prior_of(row, count, ["a", "b", "c"], True) for row in range(count)]
+        assert [index for index, _ in shares] == [~row for row in range(count)]
+        drawn = [prompt for _, prompts in shares for prompt in prompts]
+        assert set(drawn) == {"a", "b", "c"} and len(drawn) == max(count, 3) and all(prompts for _, prompts in shares)
+
+
 def test_batches_share_the_size_of_what_the_teacher_sees(train, tmp_path):
     """Two square images whose teachers see images of two shapes cannot be one batch."""
     folder = tmp_path / "images"

@@ -278,20 +278,20 @@ def test_sft_of_the_comparison_is_that_of_the_script():
 
 def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch):
     """A comparison of hours, or the demo, would stop at a flag that a script no longer takes."""
-    runs, settings = [], {"work_dir": tmp_path, "steps": 120, "ema_decay": 0.999, "seed": 0}
+    runs, settings = [], types.SimpleNamespace(work_dir=tmp_path, processes=1)
     for module in (train_sft, train_dopsd_lora):
         monkeypatch.setattr(
             module, "main", lambda args, module=module: runs.append((module.__name__, args.max_train_steps))
         )
     scripts = {"train_sft.py": train_sft, "train_dopsd_full.py": train_dopsd_full}
-    parse = lambda words, check: scripts[Path(words[1]).name].parse_args(words[2:])  # noqa: E731
+    parse = lambda words, check, env: scripts[Path(words[1]).name].parse_args(words[2:])  # noqa: E731
     monkeypatch.setattr(
         domain,
         "subprocess",
         types.SimpleNamespace(run=lambda *a, **k: runs.append(("full", parse(*a, **k).max_train_steps))),
     )
-    for method in domain.PASSES:
-        domain.train(method, 1e-3, types.SimpleNamespace(**settings))
+    for method in domain.METHODS:
+        domain.train("named", method, 1e-3, 0, settings, tmp_path / "out")
     demo = re.findall(
         r"(train_\w+)\.py (.*?) (?:>|\|\|) ",
         subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True).replace("\\\n", " "),
@@ -299,7 +299,9 @@ def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch)
     for name, words in demo:
         module = train_sft if name == "train_sft" else train_dopsd_lora
         module.main(module.parse_args(shlex.split(words.replace("$(( 9 * 128 / 4 ))", "288"))))
-    assert runs == [("full", 120), ("full", 120), ("full", 720), ("train_sft", 288), ("train_dopsd_lora", 128)]
+    steps = dict(zip(domain.METHODS, (steps for name, steps in runs if name == "full")))
+    assert steps == {"prior": 178, "dopsd": 178, "sft": 400, "fast": 178, "long": 123}
+    assert runs[-2:] == [("train_sft", 288), ("train_dopsd_lora", 128)]
 
 
 @pytest.mark.parametrize(

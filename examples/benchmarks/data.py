@@ -140,7 +140,7 @@ def step(args):
 
     def make(micro_step):
         draws = script.draw_batch(layouts, flags, micro_step, 0, 1)
-        return script.make_batch(pipeline, dataset, cache, draws, [], flags, "cpu")
+        return script.make_batch(pipeline, dataset, cache, draws, None, flags, "cpu")
 
     started = time.perf_counter()
     make(0)

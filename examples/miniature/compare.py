@@ -87,12 +87,12 @@ class Baseline:
     def functions(self):
         return {"make_batch": self.make_batch, "rollout": self.baseline_rollout}
 
-    def make_batch(self, pipeline, rows, cache, draws, prior_prompts, args, device):
+    def make_batch(self, pipeline, rows, cache, draws, prior, args, device):
         recorder = Recorder(cache)
-        batch = self.make(pipeline, rows, recorder, draws, prior_prompts, args, device)
+        batch = self.make(pipeline, rows, recorder, draws, prior, args, device)
         # batches are made ahead of their rollout
         batch[0].asked = recorder.asked
-        batch[0].x0 = None if prior_prompts else torch.cat([self.latents[image] for image, _ in recorder.asked])
+        batch[0].x0 = None if prior else torch.cat([self.latents[image] for image, _ in recorder.asked])
         return batch
 
     def baseline_rollout(self, pipeline, transformer, teacher, batch, args, accelerator):
@@ -276,7 +276,7 @@ def base_figures(args):
         if record.stem not in finished and not record.exists():
             judge, pipeline = trials.measuring(args.model)
             figures = trials.figures_of(pipeline, judge, concept, range(args.seeds), 30 if concept in MAIN else 0)
-            record.write_text(json.dumps([figures]))
+            trials.write(record, [figures])
         found[concept] = (finished.get(record.stem) or json.loads(record.read_text()))[-1]
     return found
 

@@ -1,6 +1,6 @@
 """The concepts that the miniature is taught: pictures and captions for training, scenes for measuring.
 
-python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions, and prior_prompts.txt
+python examples/miniature/concepts.py      # writes concepts/NAME/*.png with NAME.txt captions, and prior_*.txt
 """
 
 from dataclasses import dataclass, replace
@@ -106,6 +106,12 @@ def prior_prompts(count=64):
     return [caption for caption in dict.fromkeys(captions) if caption not in measured]
 
 
+def prior_edits():
+    """For --prior_prompts with references: the words of all changes that klein's miniature knows, and as many captions."""
+    changes = [world.words_for(name, value) for name, values in world.CHANGES.items() for value in values]
+    return [*prior_prompts()[: len(changes)], *changes]
+
+
 def pictures_of(scenes):
     return [Image.fromarray(world.render(scene, 100 + i)) for i, scene in enumerate(scenes)]
 
@@ -130,3 +136,4 @@ if __name__ == "__main__":
     for name, concept in CONCEPTS.items():
         write(name, concept, HERE / "concepts" / name)
     (HERE / "prior_prompts.txt").write_text("\n".join(prior_prompts()) + "\n")
+    (HERE / "prior_edits.txt").write_text("\n".join(prior_edits()) + "\n")

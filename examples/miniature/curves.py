@@ -318,7 +318,7 @@ def print_noise(args, batches=12, warm_up=40):
             gradients = []  # of each image of each batch and each state
             for place in range(batches):
                 for draw in script.draw_batch(layouts, flags, 10**6 + place, 0, 1):
-                    batch = *script.make_batch(pipeline, rows, cache, [draw], [], flags, "cpu"), [list(range(K))]
+                    batch = *script.make_batch(pipeline, rows, cache, [draw], None, flags, "cpu"), [list(range(K))]
                     losses = script.rollout(pipeline, pipeline.transformer, teacher, batch, flags, accelerator)
                     gradients += [
                         torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), parameters)])
@@ -340,7 +340,7 @@ def print_noise(args, batches=12, warm_up=40):
             )
 
         trials.train("model", VARIANTS["m1"], "cored_house", (4, 1e-3), 2 * warm_up, 0, measure, args.work_dir)
-        record.write_text(json.dumps(figures))
+        trials.write(record, figures)
     figures = figures or json.loads(record.read_text())
     print(
         f"\nVariance of the gradient of a batch of 4, over the squared norm of the mean gradient of {batches} batches\n"

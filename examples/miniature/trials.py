@@ -121,6 +121,13 @@ def figures_of(pipeline, judge, concept, seeds, slow_steps=0):
     return figures
 
 
+def write(record, figures):
+    """Writes a finished run aside and renames it: one that is stopped leaves no half."""
+    aside = record.with_suffix(".tmp")
+    aside.write_text(json.dumps(figures))
+    aside.replace(record)
+
+
 def prefix_of(model):
     """With which the names of the runs on a miniature begin."""
     return "" if model == "model" else f"{model}-"
@@ -160,7 +167,7 @@ def run(variants, job):
                 points.append({"step": step, "passes": each * step, **figures})
 
         train(model, variant, concept, setting, steps, seed, measure, args.work_dir)
-        record.write_text(json.dumps(points))
+        write(record, points)
     return job[:-1], json.loads(record.read_text())
 
 

@@ -395,19 +395,26 @@ def sample_surroundings(rng, scene):
     return replace(scene, background=other.background, position=other.position, size=other.size)
 
 
-def sample_change(rng):
-    """A scene, the same with another colour, background or position, and the words that ask for it."""
-    before = sample_scene(rng)
-    attribute = str(rng.choice(["colour", "background", "position"]))
-    options = {"colour": COLOURS, "background": BACKGROUNDS, "position": POSITIONS}[attribute]
-    value = str(rng.choice([option for option in options if option != getattr(before, attribute)]))
+CHANGES = {"colour": COLOURS, "background": BACKGROUNDS, "position": POSITIONS}
+
+
+def words_for(attribute, value):
+    """What asks for a reference with another colour, background or position."""
     place = "in the centre" if value == "centre" else f"at the {value}"
     words = {
         "colour": f"a {value} thing",
         "background": f"a thing on a {value} background",
         "position": f"a thing {place}",
     }
-    return before, replace(before, **{attribute: value}), words[attribute]
+    return words[attribute]
+
+
+def sample_change(rng):
+    """A scene, the same with another colour, background or position, and the words that ask for it."""
+    before = sample_scene(rng)
+    attribute = str(rng.choice(list(CHANGES)))
+    value = str(rng.choice([option for option in CHANGES[attribute] if option != getattr(before, attribute)]))
+    return before, replace(before, **{attribute: value}), words_for(attribute, value)
 
 
 def caption(scene, rng=None, name=None, style_word=None):
