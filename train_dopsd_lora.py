@@ -34,7 +34,8 @@ D-OPSD (https://arxiv.org/abs/2605.05204): the student sees the prompt and rolls
 EMA of the student that also sees the training image, predicts the velocity at the same states; the student matches it.
 
     accelerate launch train_dopsd_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
-        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --output_dir my_lora
+        --instance_data_dir my_images --instance_prompt "a photo of sks dog" --output_dir my_lora \\
+        --mixed_precision bf16
 """
 
 import argparse
@@ -70,6 +71,7 @@ import yaml
 # ---------------------------------------------------------------------------------------------------------- arguments
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 # those of diffusers with a backward, and without code from the Hub
 ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
 ATTENTION_BACKENDS += ["flash", "flash_varlen", "flex", "xformers"]
@@ -96,7 +98,7 @@ IDLE_FLAGS = [
     ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
     ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
     ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
-    ("without cosine_with_restarts", lambda a: a.lr_scheduler != "cosine_with_restarts", ["lr_num_cycles"]),
+    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != SCHEDULERS[2], ["lr_num_cycles"]),
     ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
     ("with --optimizer adafactor", lambda a: a.optimizer == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
     ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
@@ -171,9 +173,9 @@ def add_shared_arguments(parser):
     add("--num_inference_steps", type=COUNT, help="Steps of inference and validation. Default: the family's.")
     add("--teacher_context", choices=["vlm", "edit"], help="vlm: image in the prompt. edit: as a reference (FLUX.2).")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
-    add("--teacher_image", choices=["target", "other"], default="target", help="other: it sees the next image.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="other: the teacher sees the next one.")
     add("--ema_decay", type=SHARE, default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
-    add("--prior_prompts", help="File of prompts whose pictures must not change, or none. Default: a built-in list.")
+    add("--prior_prompts", help="File of prompts, one a line, to draw as before; or none. Default: built-in ones.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="x0: the loss times sigma^2.")
     add = parser.add_argument_group("training").add_argument
@@ -186,7 +188,7 @@ def add_shared_arguments(parser):
     add("--lr_warmup_steps", type=STEP, default=0, help="Steps in which the learning rate rises from zero.")
     add("--lr_num_cycles", type=COUNT, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=POSITIVE, default=1.0, help="Power of the polynomial scheduler.")
-    add("--optimizer", choices=["adamw", "adamw8bit", "adafactor", "prodigy"], default="adamw", help="Optimiser.")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="prodigy finds the learning rate itself.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=DECAY, default=0.9, help="Decay of AdamW's mean of gradients.")
     add("--adam_beta2", type=DECAY, default=0.999, help="Decay of its mean of squares.")
@@ -199,7 +201,7 @@ def add_shared_arguments(parser):
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
-    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="Fixes all that is random, at each step.")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="Seed of all that is random, at each step.")
     add = parser.add_argument_group("output").add_argument
     add("--config", help="YAML file with flags as keys, or a run's dopsd_settings.json. Typed flags win.")
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
@@ -217,7 +219,7 @@ def add_shared_arguments(parser):
     add("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
     add("--hub_token", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds until a request fails.")
+    add("--hub_timeout", type=number(float, above=0, high=86400), default=60, help="Seconds to wait for an answer.")
 
 
 def add_lora_arguments(parser):
@@ -225,10 +227,10 @@ def add_lora_arguments(parser):
     add("--rank", type=COUNT, default=64, help="Width of the LoRA's matrices.")
     add("--lora_alpha", type=COUNT, help="Strength is alpha / rank. Default: the rank.")
     add("--use_rslora", action="store_true", help="Strength is alpha / sqrt(rank).")
-    add("--lora_dropout", type=DECAY, default=0.0, help="Share of its inputs dropped at random, in the student alone.")
-    add("--quantization", choices=QUANTIZATIONS, help="Quantise the transformer; with --gradient_checkpointing.")
-    add("--offloaded_blocks", type=SHARE, default=0.0, help="Share of blocks in CPU memory, copied to compute.")
-    add("--lora_layers", help="Endings or beginnings of names, with commas. Default: attention and feed-forward.")
+    add("--lora_dropout", type=DECAY, default=0.0, help="Share of the LoRA's inputs that the student drops.")
+    add("--quantization", choices=QUANTIZATIONS, help="Quantise the frozen transformer; use gradient checkpointing.")
+    add("--offloaded_blocks", type=SHARE, default=0.0, help="Share of blocks in CPU memory, copied in turn.")
+    add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention, feed-forward.")
 
 
 def check_arguments(parser, args):
@@ -695,22 +697,24 @@ def with_mirrored(dataset):
 
 
 def read_prior_prompts(args):
-    """The lines of --prior_prompts, each once, or the built-in ones. Raises ValueError where there are none."""
-    if args.prior_prompts in (None, "none"):
-        return [] if args.prior_prompts else PRIOR_PROMPTS + (PRIOR_EDITS if args.reference_column else [])
-    flag = f"--prior_prompts {args.prior_prompts}"
-    prompts = list(dict.fromkeys(read_lines(Path(args.prior_prompts), flag)))
-    if not prompts:
-        raise ValueError(f"{flag} holds no prompt: write one on each line.")
-    return prompts
+    """The prompts of --prior_prompts or the built-in ones, and those that stand beside references, if there are any.
+    Raises ValueError where there are none to read."""
+    if args.prior_prompts == "none":
+        return [], []
+    prompts, edits = PRIOR_PROMPTS, PRIOR_EDITS
+    if args.prior_prompts:
+        flag = f"--prior_prompts {args.prior_prompts}"
+        prompts = edits = read_lines(Path(args.prior_prompts), flag)
+        if not prompts:
+            raise ValueError(f"{flag} holds no prompt: write one on each line.")
+    return prompts, edits if args.reference_column else []
 
 
-def prior_of(index, count, prompts, referring):
-    """(index for `rows_of`, prompts) of a prior batch in the place of row `index` of `count`: all of `prompts` or, if
-    it is `referring`, the row's share of them, which stand beside its references."""
-    if not referring:
-        return None, prompts
-    return ~index, [prompts[k % len(prompts)] for k in range(index, max(count, len(prompts)), count)]
+def prior_pairs(prompts, edits, count):
+    """(index for `rows_of`, prompt) of prior prompts: `prompts` alone, and `edits` beside the references of `count`
+    rows, as often as it takes to use each edit and each row."""
+    times = max(count, len(edits)) if edits else 0
+    return [(None, prompt) for prompt in prompts] + [(~(k % count), edits[k % len(edits)]) for k in range(times)]
 
 
 def references_of(row):
@@ -721,6 +725,11 @@ def references_of(row):
 def shown_row(rows, index, args):
     """The row whose image the teacher sees."""
     return rows[(index + 1) % len(rows) if args.teacher_image == "other" else index]
+
+
+def is_prior(index):
+    """Whether an index for `rows_of` is that of a prior prompt."""
+    return index is None or index < 0
 
 
 def rows_of(rows, index, args):
@@ -1128,12 +1137,15 @@ class LoRATeacher:
 
 
 def make_batch(pipeline, rows, cache, draws, prior, args, device):
-    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows; one caption of each row at random,
-    or one of the prompts that `prior`, see `prior_of`, gives for the row."""
+    """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows, of one caption of each at random.
+    `prior`: index for `rows_of` -> prompts, which take the captions' place, beside the row's references if it has."""
     noise, contexts = [], []
     for index, rng in draws:
-        bucket, captions = rows[index]["bucket"], rows[index]["captions"]
-        index, captions = prior(index) if prior else (index, captions)
+        row = rows[index]
+        bucket, captions = row["bucket"], row["captions"]
+        if prior:
+            index = ~index if ~index in prior else None
+            captions = prior[index]
         caption = captions[rng.integers(len(captions))]
         contexts.append(cache.read(*rows_of(rows, index, args), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -1443,11 +1455,12 @@ def identity_of(args, dataset, cache):
         AcceleratorState().distributed_type == DistributedType.FSDP
     ):  # its 8-bit states stay in files of their processes
         shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
+    prompts, edits = read_prior_prompts(args)
     return {
         "images": digest_of(dataset["image_hash"][:]),
         "captions": digest_of(dataset["captions"][:]),
         "references": digest_of(dataset["reference_hashes"][:]),
-        "prior prompts": digest_of(read_prior_prompts(args)),
+        "prior prompts": digest_of([prompts, edits] if edits else prompts),
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
         "weights of the transformer": sample_weights(args),
         "images per micro-step (--train_batch_size times processes)": images_per_micro_step(args),
@@ -1966,14 +1979,13 @@ def check_contexts(family, args, dataset, pairs):
         ending, buckets = family.chat_ending(tokenizer), list(map(tuple, dataset["bucket"][:]))
         without_text = {bucket: encoder.context_length("", *bucket, ending) for bucket in set(buckets)}
     for index, caption in pairs:
-        prior = index is None or index < 0
-        text = caption if prior else caption + suffix
+        text = caption if is_prior(index) else caption + suffix
         if token := next((token for token in special if token and token in text), None):
             place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
             raise ValueError(f"{place} holds {token}, a mark of the chat; write it in another way.")
         prompt = text if edit else caption
         limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
-        if not edit and not prior:
+        if not edit and not is_prior(index):
             bucket = shown_row(buckets, index, args)
             length_of = functools.partial(encoder.context_length, text, *bucket, ending)
             limits.insert(0, (longest, without_text[bucket], length_of, " or lower --teacher_max_pixels"))
@@ -1987,10 +1999,9 @@ def check_contexts(family, args, dataset, pairs):
 
 def place_of(dataset, index, caption, args):
     """Where a caption or prompt stands."""
-    prior = index is None or index < 0
-    if prior and args.prior_prompts is None:
+    if is_prior(index) and args.prior_prompts is None:
         return "the built-in --prior_prompts"
-    if prior:
+    if is_prior(index):
         lines = Path(args.prior_prompts).read_text("utf-8-sig").split("\n")
         return f"--prior_prompts {args.prior_prompts}, line {[line.strip() for line in lines].index(caption) + 1}"
     if caption == args.instance_prompt:
@@ -2045,14 +2056,11 @@ def check_inputs(args):
     pairs = [(index, caption) for index, own in enumerate(captions) for caption in own]
     if args.validation_steps:
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
-    prior_prompts = read_prior_prompts(args)
-    pairs += [(None, prompt) for prompt in prior_prompts]
-    if args.reference_column and prior_prompts:
-        for index, prompts in (prior_of(row, len(dataset), prior_prompts, True) for row in range(len(dataset))):
-            pairs += [(index, prompt) for prompt in prompts]
+    prior = prior_pairs(*read_prior_prompts(args), len(dataset))
+    pairs += prior
     counts = {"images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:])))}
     counts |= {"captions": sum(map(len, captions)), "references": sum(map(len, dataset["reference_hashes"][:]))}
-    counts["prior prompts"] = len(prior_prompts)
+    counts["prior prompts"] = len({prompt for _, prompt in prior})
     logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
     if len(dataset) > 1 and len({caption for own in captions for caption in own}) == 1:
         advice = "Captions that say what else each image shows teach more: see README.md."
@@ -2413,7 +2421,7 @@ def explain_failures(savings, folder):
 
 
 # ----------------------------------------------------------------------------------------------------------- training
-def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish, args):
+def train(pipeline, training, dataset, prior, cache, first_step, publish, args):
     """The training loop: validation, rollouts with their backwards, clipping, update, EMA, log, checkpoint."""
     accelerator, transformer, teacher = training.accelerator, training.transformer, training.teacher
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -2429,10 +2437,9 @@ def train(pipeline, training, dataset, prior_prompts, cache, first_step, publish
     def batch_at(micro_step):
         draws = draw_batch(layouts, args, micro_step, accelerator.process_index, accelerator.num_processes)
         number = prior_steps(micro_step + 1, args)
-        # with references, every other prior batch shows them
-        options = {"count": len(rows), "prompts": prior_prompts, "referring": args.reference_column and number % 2}
-        prior = functools.partial(prior_of, **options) if number > prior_steps(micro_step, args) else None
-        return make_batch(pipeline, rows, cache, draws, prior, args, accelerator.device)
+        shown = prior if number % 2 else {None: prior[None]}  # every other batch of prior prompts shows references
+        shown = shown if number > prior_steps(micro_step, args) else None
+        return make_batch(pipeline, rows, cache, draws, shown, args, accelerator.device)
 
     accumulated = args.gradient_accumulation_steps
     batches = read_ahead(batch_at, range(first_step * accumulated, args.max_train_steps * accumulated))
@@ -2527,8 +2534,10 @@ def main(args):
         if accelerator.is_main_process:
             accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
         publish = functools.partial(publish_lora, pipeline, save, gallery(dataset, args), args, accelerator)
-        prior_prompts = [caption for index, caption in pairs if index is None]  # as they were encoded
-        train(pipeline, training, dataset, prior_prompts, cache, first_step, publish, args)
+        prior = collections.defaultdict(list)  # as they were encoded
+        for index, prompt in (pair for pair in pairs if is_prior(pair[0])):
+            prior[index].append(prompt)
+        train(pipeline, training, dataset, prior, cache, first_step, publish, args)
         publish(args.max_train_steps)
         accelerator.end_training()
     if lock:

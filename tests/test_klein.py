@@ -269,7 +269,7 @@ def test_every_other_batch_of_prior_prompts_shows_references(train, with_referen
         return velocity(self, transformer, latents, timestep, contexts)
 
     patch_velocity(monkeypatch, DOPSDFlux2KleinPipeline, recorded)
-    (tmp_path / "prior.txt").write_text("make it red\nmake it blue\nmake it red\n")
+    (tmp_path / "prior.txt").write_text("make it red\nmake it blue\n")
     changes = {"reference_column": "reference", "prior_prompts": tmp_path / "prior.txt", "prior_every": 2}
     changes |= {"instance_data_dir": with_references, "context_cache_dir": tmp_path / "cache", "train_batch_size": 2}
     train(tmp_path / "out", max_train_steps=8, rollout_steps=1, **changes)
@@ -284,10 +284,11 @@ def test_every_other_batch_of_prior_prompts_shows_references(train, with_referen
 def test_prior_prompts_are_shared_out_over_references():
     """Of many prompts and few images, or the other way round, some would never be drawn, or all with all be encoded."""
     for count in (2, 3, 9):
-        shares = [script.prior_of(row, count, ["a", "b", "c"], True) for row in range(count)]
-        assert [index for index, _ in shares] == [~row for row in range(count)]
-        drawn = [prompt for _, prompts in shares for prompt in prompts]
-        assert set(drawn) == {"a", "b", "c"} and len(drawn) == max(count, 3) and all(prompts for _, prompts in shares)
+        pairs = script.prior_pairs(["x", "y"], ["a", "b", "c"], count)
+        assert pairs[:2] == [(None, "x"), (None, "y")] and len(pairs) == 2 + max(count, 3)
+        assert {index for index, _ in pairs[2:]} == {~row for row in range(count)}
+        assert {prompt for _, prompt in pairs[2:]} == {"a", "b", "c"}
+    assert script.prior_pairs(["x"], [], 4) == [(None, "x")] and script.prior_pairs([], [], 4) == []
 
 
 def test_batches_share_the_size_of_what_the_teacher_sees(train, tmp_path):

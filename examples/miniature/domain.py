@@ -152,6 +152,7 @@ def run(job):
             torch.set_num_threads(1)
         folder = record.with_suffix("")
         if name != "before":
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             train(domain, name, rate, seed, args, folder)
         trials.write(record, measure(HERE / "model" if name == "before" else folder, domain, range(args.seeds)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -196,7 +197,7 @@ def main():
         for (_, name, rate, _), figures in pool.map(run, [(args.domain, *job, args) for job in jobs]):
             found[name, rate].append(figures)
     rows = [("before", "", found.pop(("before", 0.0)))]
-    rows += [("the teacher, training captions", "", [teacher_figures(args.domain, range(args.seeds))])]
+    rows += [("the teacher, shown the pictures", "", [teacher_figures(args.domain, range(args.seeds))])]
     rows += [(METHODS[name].label, f"{rate:g}", seeds) for (name, rate), seeds in found.items()]
     print_table(args.domain, rows)
 

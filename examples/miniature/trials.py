@@ -204,9 +204,8 @@ def rounded(value):
 
 def collect(work_dir, finished):
     """Takes the finished runs of a work folder into the file `finished`, one on each line."""
-    runs = json.loads(finished.read_text()) | {
-        path.stem: rounded(json.loads(path.read_text())) for path in work_dir.glob("*.json")
-    }
+    known = json.loads(finished.read_text()) if finished.exists() else {}
+    runs = known | {path.stem: rounded(json.loads(path.read_text())) for path in work_dir.glob("*.json")}
     finished.write_text(
         "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)) + "\n}\n"
     )
