@@ -300,7 +300,7 @@ def test_training_scripts_take_the_flags_of_the_miniature(tmp_path, monkeypatch)
         module = train_sft if name == "train_sft" else train_dopsd_lora
         module.main(module.parse_args(shlex.split(words.replace("$(( 9 * 128 / 4 ))", "288"))))
     steps = dict(zip(domain.METHODS, (steps for name, steps in runs if name == "full")))
-    assert steps == {"prior": 178, "dopsd": 178, "sft": 400, "fast": 178, "long": 123}
+    assert steps == {"prior": 178, "dopsd": 178, "sft": 400, "fast": 178, "styled": 178, "long": 123}
     assert runs[-2:] == [("train_sft", 288), ("train_dopsd_lora", 128)]
 
 

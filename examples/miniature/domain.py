@@ -53,6 +53,7 @@ METHODS = {
     "dopsd": Method("D-OPSD without prior prompts"),
     "sft": Method("SFT", cost=2),
     "fast": Method("D-OPSD without prior prompts, decay .99", flags={"ema_decay": 0.99}),
+    "styled": Method("D-OPSD with prior prompts, half of them in the style", prior=True),
     "long": Method("D-OPSD without prior prompts, K = 8", cost=6.5, flags={"rollout_steps": 8}),
 }
 
@@ -125,7 +126,11 @@ def teacher_figures(domain, seeds):
 # ------------------------------------------------------------------------------------------------------------ trainings
 def train(domain, name, rate, seed, args, folder):
     """Runs the training script in a process of its own."""
-    method = METHODS[name]
+    method, prompts = METHODS[name], HERE / "prior_prompts.txt"
+    if name == "styled":
+        ordinary = prompts.read_text().splitlines()
+        prompts = args.work_dir / "prior_styled.txt"
+        prompts.write_text("\n".join([*ordinary, *(f"{prompt} in {STYLE.word} style" for prompt in ordinary)]))
     flags = {"pretrained_model_name_or_path": HERE / "model", "mixed_precision": "no", "seed": seed}
     flags |= {"instance_data_dir": args.work_dir / f"data-{domain}", "output_dir": folder, "learning_rate": rate}
     flags |= {"train_batch_size": BATCH, "max_train_steps": round(PASSES / BATCH / method.cost)}
@@ -136,7 +141,7 @@ def train(domain, name, rate, seed, args, folder):
         script = [ROOT / "train_dopsd_full.py", "--overwrite_output_dir"]
         flags |= {"vlm_model_name_or_path": HERE / "vlm", "report_to": "none", "checkpointing_steps": 100_000}
         flags |= {"context_cache_dir": args.work_dir / "contexts", "validation_steps": 0, "ema_decay": 0.999}
-        flags |= {"prior_prompts": HERE / "prior_prompts.txt" if method.prior else "none", **method.flags}
+        flags |= {"prior_prompts": prompts if method.prior else "none", **method.flags}
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     threads = os.environ | {"OMP_NUM_THREADS": "1"} if args.processes > 1 else None
     subprocess.run([sys.executable, *map(str, script), *words], check=True, env=threads)
