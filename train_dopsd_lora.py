@@ -70,7 +70,8 @@ import yaml
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
-SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+RESTARTS = "cosine_with_restarts"
+SCHEDULERS = ["linear", "cosine", RESTARTS, "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 # those of diffusers with a backward, and without code from the Hub
 ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
@@ -98,7 +99,7 @@ IDLE_FLAGS = [
     ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
     ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
     ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
-    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != SCHEDULERS[2], ["lr_num_cycles"]),
+    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != RESTARTS, ["lr_num_cycles"]),
     ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
     ("with --optimizer adafactor", lambda a: a.optimizer == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
     ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
@@ -1451,9 +1452,8 @@ def find_checkpoint(args):
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
     shards = 1
-    if (
-        AcceleratorState().distributed_type == DistributedType.FSDP
-    ):  # its 8-bit states stay in files of their processes
+    # FSDP's 8-bit states stay in files of their processes
+    if AcceleratorState().distributed_type == DistributedType.FSDP:
         shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
     prompts, edits = read_prior_prompts(args)
     return {
@@ -1814,8 +1814,8 @@ def push(args, step, save_card, files, message):
             if asked[-1] - asked[0] > args.hub_timeout:
                 raise TimeoutError("the Hub is busy with another change")
 
-    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy; a push before left a
-    # stop
+    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
+    # without the hook of the push before
     hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]
     limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
     hub.set_client_factory(lambda: type(client)(**limits))

@@ -472,9 +472,8 @@ class Encoder:
                 if self.tokenizer
                 else self.model(pixel_values=pixels)
             )
-            if (
-                patches and out.last_hidden_state.ndim == 3
-            ):  # behind the class token, and registers where there are some
+            # behind the class token, and registers where there are some
+            if patches and out.last_hidden_state.ndim == 3:
                 out = out.last_hidden_state[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :].mean(dim=1)
             elif patches:
                 out = out.last_hidden_state.mean(dim=(2, 3))

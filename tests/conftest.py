@@ -254,9 +254,8 @@ class ForkedScript:
         self.context.set_forkserver_preload(["conftest"])
         self.errors = errors
         self.process = self.context.Process(target=run_script, args=(path, words, errors, environment))
-        with unittest.mock.patch.dict(
-            os.environ, PYTHONPATH=str(Path(__file__).parent)
-        ):  # for the server, which starts with the first
+        # for the server, which starts with the first
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
             self.process.start()
         self.pid = self.process.pid
 

@@ -148,9 +148,8 @@ def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_pat
     """A guess would run the LoRA at another strength; the converted file has the name that the original may have."""
     with pytest.raises(SystemExit, match="--lora_alpha"):
         convert(peft_keys(layers))
-    with pytest.raises(
-        SystemExit, match="leave out --lora_alpha"
-    ):  # of another alpha, it would run at another strength
+    # of another alpha, it would run at another strength
+    with pytest.raises(SystemExit, match="leave out --lora_alpha"):
         convert(peft_keys(layers), "--lora_alpha", "4", config={"lora_alpha": ALPHA})
     for kind in ("use_dora", "alpha_pattern"):
         with pytest.raises(SystemExit, match=kind):

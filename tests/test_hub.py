@@ -386,9 +386,8 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         with pytest.raises(SystemExit):
             script.parse_args(flags(tmp_path, *switches, **changes))
         assert "--hub_" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(
-        script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"
-    ):  # a folder, which others lack
+    # a folder, which others lack
+    with pytest.raises(script.InputError, match="--push_to_hub.*--pretrained_model_name_or_path"):
         script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
     with pytest.raises(ValueError, match="^--hub_model_id.*bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))
