@@ -808,6 +808,24 @@ def draw_batch(layouts, args, micro_step, process, num_processes):
     return [(int(rows[slot]), np.random.default_rng([args.seed, micro_step, slot])) for slot in slots]
 
 
+def draw_prior(prior, draws, micro_step, args, process):
+    """(index for `rows_of`, prompt) of each image of `draw_batch`, or None where the micro-batch is not of `prior`
+    prompts (index -> prompts). Every other one shows references, if there are any; in the others, every prompt is
+    drawn once before any is drawn again."""
+    number = prior_steps(micro_step, args)
+    if number == prior_steps(micro_step + 1, args):
+        return None
+    turn, alone = divmod(number, 2) if len(prior) > 1 else (number, True)
+    if not alone:
+        return [(~row, prior[~row][rng.integers(len(prior[~row]))]) for row, rng in draws]
+    first, shown = turn * images_per_micro_step(args) + process * args.train_batch_size, []
+    for epoch, place in (divmod(place, len(prior[None])) for place in range(first, first + len(draws))):
+        # 2**41: as in `draw_states`
+        order = np.random.default_rng([args.seed, 2**41, epoch]).permutation(len(prior[None]))
+        shown.append((None, prior[None][order[place]]))
+    return shown
+
+
 # ----------------------------------------------------------------------------------------------------------- contexts
 def fingerprint(model, patterns, revision, noted):
     """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched
@@ -1178,18 +1196,14 @@ class FullTeacher:
 
 def make_batch(pipeline, rows, cache, draws, prior, args, device):
     """Noise (B, C, h, w), student contexts and teacher contexts of the drawn rows, of one caption of each at random.
-    `prior`: index for `rows_of` -> prompts, which take the captions' place, beside the row's references if it has."""
+    `prior`: what `draw_prior` drew in their place; the noise is then of the rows' picture sizes."""
     noise, contexts = [], []
-    for index, rng in draws:
+    for place, (index, rng) in enumerate(draws):
         row = rows[index]
-        bucket, captions = row["bucket"], row["captions"]
-        if prior:
-            index = ~index if ~index in prior else None
-            captions = prior[index]
-        caption = captions[rng.integers(len(captions))]
+        index, caption = prior[place] if prior else (index, row["captions"][rng.integers(len(row["captions"]))])
         contexts.append(cache.read(*rows_of(rows, index, args), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        noise.append(pipeline.initial_noise(*bucket, generator))
+        noise.append(pipeline.initial_noise(*row["bucket"], generator))
     contexts = [[{n: to_device(t, device) for n, t in context.items()} for context in both] for both in contexts]
     return to_device(torch.cat(noise), device), *map(list, zip(*contexts))
 
@@ -2569,9 +2583,7 @@ def train(pipeline, training, dataset, prior, cache, first_step, publish, args):
 
     def batch_at(micro_step):
         draws = draw_batch(layouts, args, micro_step, accelerator.process_index, accelerator.num_processes)
-        number = prior_steps(micro_step + 1, args)
-        shown = prior if number % 2 else {None: prior[None]}  # every other batch of prior prompts shows references
-        shown = shown if number > prior_steps(micro_step, args) else None
+        shown = draw_prior(prior, draws, micro_step, args, accelerator.process_index)
         return make_batch(pipeline, rows, cache, draws, shown, args, accelerator.device)
 
     accumulated = args.gradient_accumulation_steps
