@@ -352,6 +352,30 @@ def test_batches_of_prior_prompts_have_noise_of_their_own():
     assert len(set(numbers)) == 12
 
 
+@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_prior_prompt_is_drawn_before_any_is_drawn_again(processes, references, monkeypatch):
+    """A prompt that chance leaves out for long is one whose kind of picture the model forgets."""
+    monkeypatch.setattr(script, "images_per_micro_step", lambda args: 2)
+    args = drawing(2 // processes, 0, "prompts.txt")
+    prompts = ["a", "b", "c", "d", "e"]
+    prior = {None: prompts} | ({~row: [f"edit of {row}"] for row in range(8)} if references else {})
+    alone = []
+    for step in range(60):
+        drawn = []
+        for process in range(processes):
+            draws = script.draw_batch(BUCKETS, args, step, process, processes)
+            shown = script.draw_prior(prior, draws, step, args, process)
+            drawn += shown or []
+            if shown and shown[0][0] is not None:
+                assert shown == [(~row, f"edit of {row}") for row in rows_of(draws)]
+        assert len(drawn) == (2 if step % 3 == 2 else 0)  # every third
+        alone += [prompt for index, prompt in drawn if index is None]
+    assert len(alone) == (20 if references else 40)
+    epochs = [alone[i : i + 5] for i in range(0, len(alone), 5)]
+    assert all(sorted(epoch) == prompts for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+
+
 def test_rows_are_hashed_once_an_epoch():
     """Of a million rows, hashes in each step took a third of a second, and as many comparisons as rows times shapes
     half an hour."""
