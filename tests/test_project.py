@@ -146,6 +146,7 @@ def test_pages_name_what_is_there(page):
     )
     outside = {
         "--num_machines",
+        "--logdir",
         "--machine_rank",
         "--main_process_ip",
         "--main_process_port",
@@ -163,7 +164,7 @@ def test_pages_name_what_is_there(page):
 # where the prose names a default: file, text, flag and what the text says of it
 DEFAULTS = [
     ("README.md", "1000 steps are the", "max_train_steps", 1000),
-    ("README.md", "every third batch is of 48 built-in prompts", "prior_every", 3),
+    ("README.md", "every third batch is drawn from 48 built-in prompts", "prior_every", 3),
     ("docs/training.md", "M (1), the states", "states_per_rollout", 1),
     ("docs/training.md", "every `--prior_every`th (3rd) batch", "prior_every", 3),
     ("docs/training.md", "0.9999 keeps the teacher near the base", "ema_decay", 0.9999),

@@ -4,7 +4,6 @@ set -e
 [ $# -ge 2 ] || { echo "usage: sh $0 IMAGES_DIR OUTPUT_DIR [more flags of train_dopsd_lora.py]" >&2; exit 2; }
 images=$1 output=$2
 shift 2
-exec accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no \
-  "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \
+exec python "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \
   --instance_data_dir "$images" --output_dir "$output" --resolution 1024 --rank 16 --mixed_precision bf16 \
   --gradient_checkpointing --optimizer adamw8bit --quantization nf4 --enable_vae_tiling "$@"
