@@ -172,11 +172,11 @@ def add_shared_arguments(parser):
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, on the inference grid of K steps.")
     add("--states_per_rollout", type=COUNT, default=1, help="M: states of a rollout that are trained, at random.")
     add("--num_inference_steps", type=COUNT, help="Steps of inference and validation. Default: the family's.")
-    add("--teacher_context", choices=["vlm", "edit"], help="vlm: image in the prompt. edit: as a reference (FLUX.2).")
+    add("--teacher_context", choices=["vlm", "edit"], help="vlm (default): image in the prompt. edit: as a reference.")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
-    add("--teacher_image", choices=["target", "other"], default="target", help="other: the teacher sees the next one.")
+    add("--teacher_image", choices=["target", "other"], default="target", help="other: teacher sees the next image.")
     add("--ema_decay", type=SHARE, default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
-    add("--prior_prompts", help="File of prompts, one a line, to draw as before; or none. Default: built-in ones.")
+    add("--prior_prompts", help="File of ordinary prompts to keep, one a line; or none. Default: built-in ones.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="x0: the loss times sigma^2.")
     add = parser.add_argument_group("training").add_argument
@@ -200,7 +200,7 @@ def add_shared_arguments(parser):
     add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of blocks recomputed.")
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
     add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured to.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's; with python, no.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="Seed of all that is random, at each step.")
     add = parser.add_argument_group("output").add_argument
@@ -234,40 +234,24 @@ def add_full_arguments(parser):
 
 def check_arguments(parser, args):
     """One error for flags that cannot work, before anything is read."""
-    for wrong, message in [
-        (
-            (args.instance_data_dir is None) == (args.dataset_name is None),
-            "give either --instance_data_dir or --dataset_name",
-        ),
-        (
-            args.states_per_rollout > args.rollout_steps,
-            f"--states_per_rollout must be at most --rollout_steps ({args.rollout_steps}), not {args.states_per_rollout}",
-        ),
-        (
-            args.overwrite_output_dir and args.resume_from_checkpoint,
-            "--overwrite_output_dir goes without --resume_from_checkpoint",
-        ),
-        ("hub_token" in args, "--hub_token shows the token to others: set HF_TOKEN or run `hf auth login` instead"),
-        (
-            args.use_8bit_adam and "adamw" not in args.optimizer,
-            f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}",
-        ),
-        (
-            args.optimizer == "prodigy" and args.learning_rate < 0.1,
-            f"--optimizer prodigy multiplies the rate it finds by --learning_rate: give 1, not {args.learning_rate}",
-        ),
-        (args.reference_column == args.image_column, "--reference_column must be another than --image_column"),
-        (
-            args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
-            "--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate",
-        ),
-        (
-            args.random_flip and args.reference_column,
-            "--random_flip does not go with --reference_column: references are not mirrored",
-        ),
-    ]:
-        if wrong:
-            parser.error(message)
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --instance_data_dir or --dataset_name")
+    if args.states_per_rollout > args.rollout_steps:
+        parser.error(f"--states_per_rollout {args.states_per_rollout} exceeds --rollout_steps {args.rollout_steps}")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        parser.error("--overwrite_output_dir goes without --resume_from_checkpoint")
+    if "hub_token" in args:
+        parser.error("--hub_token shows the token to others: set HF_TOKEN or run `hf auth login` instead")
+    if args.use_8bit_adam and "adamw" not in args.optimizer:
+        parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}")
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        parser.error("--optimizer prodigy multiplies the rate it finds by --learning_rate: give 1")
+    if args.reference_column == args.image_column:
+        parser.error("--reference_column must be another than --image_column")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        parser.error("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
+    if args.random_flip and args.reference_column:
+        parser.error("--random_flip does not go with --reference_column: references are not mirrored")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     del args.use_8bit_adam, args.config
     for when, idle, names in IDLE_FLAGS:
@@ -298,7 +282,7 @@ def check_full_arguments(parser, args):
 
 def with_config(parser, words):
     """The words of a command line behind those of its --config file, without those in the file that they make idle."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, given = first.parse_known_args(words)[0].config, {}
     if not config:
@@ -317,8 +301,10 @@ def with_config(parser, words):
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
         if value is not None and value is not False:
-            single = [f"--{name}"] if value is True else [f"--{name}={value}"]
-            given[name] = [f"--{name}", *map(str, value)] if isinstance(value, list) else single
+            several = isinstance(value, list) and len(value) != 1
+            one = value[0] if isinstance(value, list) and not several else value
+            single = [f"--{name}"] if one is True else [f"--{name}={one}"]  # which may begin with a dash
+            given[name] = [f"--{name}", *map(str, value)] if several else single
     merged = parser.parse_args([*itertools.chain(*given.values()), *words])
     alone = argparse.Namespace(**vars(merged) | {name: settings.get(name, parser.get_default(name)) for name in typed})
     left_out = {name for _, idle, names in IDLE_FLAGS for name in names if idle(merged) and not idle(alone)}
@@ -472,9 +458,7 @@ def read_folder(folder, args):
     for place, row in found:
         path = path_in(folder, row.get(columns[args.image_column]), place)
         if places.setdefault(path, place) != place:
-            raise ValueError(
-                f"{place}: {path.name} has a row already ({places[path]}); give its captions as one list."
-            )
+            raise ValueError(f"{place}: {path.name} has a row ({places[path]}); give its captions as one list.")
         references = as_list(row.get(columns.get(args.reference_column)))
         references = [path_in(folder, name, place) for name in references]
         captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
@@ -569,9 +553,7 @@ def captions_of(value, place, column, instance_prompt):
     """The captions in a cell of a dataset's `column`, or the instance prompt. Raises ValueError without a text."""
     captions = value if isinstance(value, list) else [value]
     if not all(caption is None or isinstance(caption, str) for caption in captions):
-        raise ValueError(
-            f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption or list of captions."
-        )
+        raise ValueError(f"{place}: --caption_column {column} holds {str(value)[:60]!r}, no caption or list of them.")
     captions = [c for c in captions if c and c.strip()] or [instance_prompt]
     if not captions[0]:
         raise ValueError(f"{place} has no caption; add one or give --instance_prompt.")
@@ -990,12 +972,8 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     workers = min(args.dataset_num_workers, len(batches) // 16)
     options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
     loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
-    shown = {
-        "unit": " contexts",
-        "unit_scale": accelerator.num_processes,
-        "disable": not accelerator.is_local_main_process,
-    }
-    with tqdm(total=len(missing), desc="Encoding contexts", **shown) as bar:
+    shown = {"desc": "Encoding contexts", "unit": " contexts", "unit_scale": accelerator.num_processes}
+    with tqdm(total=len(missing), disable=not accelerator.is_local_main_process, **shown) as bar:
         for number, (batch, references, images) in enumerate(loader, 1):
             encode_batch(pipeline, args, cache, batch, references, images)
             bar.update(len(batch))
@@ -1303,12 +1281,11 @@ def open_output_dir(args):
     """
     folder = Path(args.output_dir)
     for flag in ("instance_data_dir", "dataset_name", "pretrained_model_name_or_path", "vlm_model_name_or_path"):
-        other, ours = Path(getattr(args, flag) or folder / "none").resolve(), folder.resolve()
+        other, ours = Path(getattr(args, flag) or os.devnull).resolve(), folder.resolve()
         around = "data" in flag and other.is_relative_to(ours)
         if other.is_dir() and (ours.is_relative_to(other) or around):
-            raise ValueError(
-                f"--output_dir {folder} and --{flag} {other}: one lies in the other; choose another folder."
-            )
+            both = f"--output_dir {folder} and --{flag} {other}"
+            raise ValueError(f"{both}: one lies in the other; choose another folder.")
     lock, owner = FileLock(folder / ".lock", is_singleton=True), folder / ".lock_owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1686,11 +1663,9 @@ def save_checkpoint(training, args, step):
         state |= {"identity": training.identity, "files": files}
         (aside / STATE_NAME).write_text(json.dumps({**state, "checksum": digest_of(state)}, indent=2))
         write_through(aside / STATE_NAME)
-        old = folder / f".checkpoint-{step}.old.tmp"
         if final.exists():  # a damaged one, which was passed over
-            final.rename(old)
+            shutil.rmtree(final)
         aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
         whole = [path for path in list_checkpoints(folder) if step_of(path) <= step]
         for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
             shutil.rmtree(old)
@@ -1740,9 +1715,8 @@ def settings_to_share(args):
     for name in ("num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"):
         resolve_arguments(family, own := argparse.Namespace(**vars(args) | {name: None}))
         settings[name] = None if getattr(own, name) == getattr(args, name) else settings[name]
-    settings["vlm_model_name_or_path"] = (
-        None if args.vlm_model_name_or_path in family.vlms.values() else settings["vlm_model_name_or_path"]
-    )
+    if args.vlm_model_name_or_path in family.vlms.values():
+        settings["vlm_model_name_or_path"] = None
     if "lora_alpha" in settings and args.lora_alpha == args.rank:
         settings["lora_alpha"] = None
     return settings
@@ -1816,12 +1790,13 @@ def training_command(args):
     defaults |= {"lora_alpha": args.rank} if "rank" in args else {}
     words = ["accelerate", "launch", Path(__file__).name]
     for name, value in public_settings(args).items():
+        values = list(map(str, value if isinstance(value, list) else [value]))
         if value is True:
             words.append(f"--{name}")
-        elif str(value).startswith("-"):
-            words.append(f"--{name}={value}")
+        elif len(values) == 1 and values[0].startswith("-"):
+            words.append(f"--{name}={values[0]}")
         elif value not in (None, defaults[name]):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            words += [f"--{name}", *values]
     return shlex.join(words)
 
 
@@ -2242,6 +2217,8 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting],
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
+        raise InputError(f"--mixed_precision {args.mixed_precision} does not work on this machine: give bf16 or no.")
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
         plugin = accelerator.state.fsdp_plugin  # would round the times of the states; autocast casts what needs it
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
@@ -2440,7 +2417,7 @@ def log_steps(pending, started, bar, args, training):
         norm = {} if getattr(args, "fused_backward_pass", False) else {"grad_norm": grad_norm}
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
         # a prior prompt's teacher may well equal the student
-        if args.prior_prompts == "none" or step % args.prior_every:
+        if args.gradient_accumulation_steps > 1 or args.prior_prompts == "none" or step % args.prior_every:
             training.history.append((loss, grad_norm if norm else math.nan))
     warn_once(training)
     bar.set_postfix(loss=np.mean([loss for loss, _ in training.history[-20:]] or [loss]), lr=lr)
@@ -2633,8 +2610,8 @@ def train(pipeline, training, dataset, prior, cache, first_step, publish, args):
 
 # --------------------------------------------------------------------------------------------------------------- main
 def main(args):
-    accelerator = make_accelerator(args)
     try:
+        accelerator = make_accelerator(args)
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
             check_full_inputs(args, accelerator)

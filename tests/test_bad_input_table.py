@@ -455,6 +455,18 @@ def test_config_files(train, error_of, tmp_path, text, words):
     error_of(train, words, code=2, config=tmp_path / "run.yaml", rank=None)
 
 
+def test_config_without_a_file(train, capfd):
+    """The usage of the wrong command would stand above what is missing."""
+    with pytest.raises(SystemExit):
+        train.module.parse_args(["--config"])
+    assert capfd.readouterr().err == "error: --config: expected one argument\n"
+
+
+def test_precision_that_the_machine_lacks(train, error_of):
+    """fp16 on a CPU ended in a traceback after contexts were encoded and weights loaded."""
+    error_of(train, ["--mixed_precision fp16 does not work on this machine", "bf16"], mixed_precision="fp16")
+
+
 def test_misspelt_flags(train, train_full, error_of):
     """The beginning of a flag is no flag: a training ran for a night at another rate than its user thinks."""
     for trainer in (train, train_full):

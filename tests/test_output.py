@@ -319,12 +319,13 @@ def test_command_and_settings_give_the_run_again(module, text, tmp_path):
              "--validation_prompt", "a dog", "a 'quoted' cat", "--gradient_checkpointing"]  # fmt: skip
     flags += [f"--instance_prompt={text}", f"--teacher_prompt_suffix={text}"]
     flags += ["--rank", "32", "--lora_alpha", "64"] if module is script else []  # the default of another rank
-    args = module.parse_args(flags)
-    words = shlex.split(module.training_command(args))
-    assert words[:3] == ["accelerate", "launch", Path(module.__file__).name]
-    assert vars(module.parse_args(words[3:])) == vars(args)
-    (tmp_path / "settings.json").write_text(json.dumps(module.public_settings(args)))
-    assert vars(module.parse_args(["--config", str(tmp_path / "settings.json")])) == vars(args)
+    for prompts in ([], [f"--validation_prompt={text}"]):
+        args = module.parse_args([*flags, *prompts])
+        words = shlex.split(module.training_command(args))
+        assert words[:3] == ["accelerate", "launch", Path(module.__file__).name]
+        assert vars(module.parse_args(words[3:])) == vars(args)
+        (tmp_path / "settings.json").write_text(json.dumps(module.public_settings(args)))
+        assert vars(module.parse_args(["--config", str(tmp_path / "settings.json")])) == vars(args)
 
 
 def test_family_is_known_by_the_base(base):
