@@ -150,7 +150,7 @@ def main(args):
     instance = encode(encoders, [dopsd.training_image(row) for row in dataset], dataset["captions"])
     if args.class_prompt:
         encoders.transformer = pipeline.transformer.to(accelerator.device)
-        size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.rollout_steps}
+        size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps}
         prompts = [args.class_prompt[i % len(args.class_prompt)] for i in range(args.num_class_images)]
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
         drawn = [encoders(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]

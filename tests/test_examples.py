@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train_dopsd_lora as dopsd
 from conftest import LORA, ROOT
+from pipeline_dopsd import DOPSDZImagePipeline
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -60,6 +61,16 @@ def test_full_sft_writes_a_pipeline(sft, base):
     trained = DiffusionPipeline.from_pretrained(sft("full", "--full")).transformer.state_dict()
     before = DiffusionPipeline.from_pretrained(base).transformer.state_dict()
     assert not any(torch.equal(w, before[n]) for n, w in trained.items() if n.endswith("to_q.weight"))
+
+
+def test_class_pictures_are_drawn_in_the_steps_of_inference(sft, monkeypatch):
+    """Drawn in fewer steps, they would be worse than what the model can, and would teach it that."""
+    steps, call = [], DOPSDZImagePipeline.__call__
+    monkeypatch.setattr(
+        DOPSDZImagePipeline, "__call__", lambda *a, **kw: steps.append(kw["num_inference_steps"]) or call(*a, **kw)
+    )
+    sft("out", class_prompt="a square", num_class_images=1, num_inference_steps=3, rollout_steps=2, max_train_steps=1)
+    assert steps == [3]
 
 
 @pytest.mark.parametrize(
