@@ -174,12 +174,16 @@ def main(args):
         drawn = [(draw(*instance, count, rng, shift), 1.0)]
         if args.class_prompt:
             drawn.append((draw(*prior, count, rng, shift), args.prior_loss_weight))
+        losses = []
         for examples, weight in drawn:
             for part in micro_batches(examples, args.train_batch_size):
                 with accelerator.autocast():
                     loss = flow_matching_loss(pipeline, *part)
                 accelerator.backward(loss * weight / args.gradient_accumulation_steps)
-        accelerator.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
+                losses.append(loss.detach())
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
+        # with fp16 the gradient scaler skips a step whose gradient is not finite
+        dopsd.check_finite(torch.stack(losses).tolist(), 0.0 if accelerator.scaler else grad_norm.item())
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)

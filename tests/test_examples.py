@@ -73,6 +73,39 @@ def test_class_pictures_are_drawn_in_the_steps_of_inference(sft, monkeypatch):
     assert steps == [3]
 
 
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_training_that_diverges_ends_without_a_result(sft, tmp_path, monkeypatch, broken):
+    """A LoRA of NaN would be saved as if all were well, and only its black pictures would show it."""
+    loss = train_sft.flow_matching_loss
+
+    def diverged(*args):
+        value = loss(*args)
+        if broken == "gradient":
+            value.register_hook(lambda gradient: gradient * torch.nan)
+            return value
+        return value * torch.nan
+
+    monkeypatch.setattr(train_sft, "flow_matching_loss", diverged)
+    with pytest.raises(dopsd.InputError, match="not finite"):
+        sft("out")
+    assert not (tmp_path / "out" / LORA).exists()
+
+
+def test_step_that_the_scaler_skips_is_no_divergence(sft, monkeypatch):
+    """With fp16 gradients overflow until the scaler has found its scale, and every such run would end there."""
+    make = dopsd.make_accelerator
+
+    def with_scaler(args):
+        accelerator = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        return accelerator
+
+    monkeypatch.setattr(dopsd, "make_accelerator", with_scaler)
+    weights = load_file(sft("out", max_train_steps=1) / LORA)
+    # as they began
+    assert not any(w.any() for n, w in weights.items() if "lora_B" in n)
+
+
 @pytest.mark.parametrize(
     "words",
     ["--resume_from_checkpoint latest", "--push_to_hub", "--vlm_model_name_or_path vlm", "--ema_decay 0.9", "--validation_steps 1",
