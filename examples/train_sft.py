@@ -8,6 +8,7 @@ those of train_dopsd_lora.py; with --full, all weights train and the output is t
 flags, only those that do here what they do there are taken. It runs in one process.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -75,17 +76,20 @@ def shift_of(pipeline, latents, num_steps):
     return sigma * (1 - u) / (u * (1 - sigma))
 
 
-def draw(latents, contexts, count, rng, shift):
-    """`count` examples: states x_s at times drawn over the whole schedule, contexts, sigmas s and velocities noise -
-    x0."""
+def draw(latents, contexts, count, rng, shift, device):
+    """`count` examples on `device`: states x_s at times drawn over the whole schedule, contexts, sigmas s and
+    velocities noise - x0."""
     picks = torch.randint(len(latents), (count,), generator=rng).tolist()
     captions = [contexts[i][int(torch.randint(len(contexts[i]), (1,), generator=rng))] for i in picks]
     latents = latents[picks]
     u = torch.rand(count, generator=rng)
-    sigmas = (shift * u / (1 + (shift - 1) * u)).to(latents.device)
-    noise = torch.randn(latents.shape, generator=rng).to(latents.device)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    noise = torch.randn(latents.shape, generator=rng)
     s = sigmas.view(-1, 1, 1, 1)
-    return (1 - s) * latents + s * noise, captions, sigmas, noise - latents
+    drawn = ((1 - s) * latents + s * noise, sigmas, noise - latents)
+    states, sigmas, velocities = (dopsd.to_device(tensor, device) for tensor in drawn)
+    captions = [{name: dopsd.to_device(tensor, device) for name, tensor in c.items()} for c in captions]
+    return states, captions, sigmas, velocities
 
 
 def micro_batches(examples, size):
@@ -101,11 +105,15 @@ def flow_matching_loss(pipeline, states, contexts, sigmas, velocities):
 
 @torch.no_grad()
 def encode(pipeline, images, captions):
-    """Latents (N, C, h, w) of PIL `images` and, for each, the text contexts of its captions."""
+    """Latents (N, C, h, w) of PIL `images`, taken one after another, and, for each, the text contexts of its captions;
+    on the CPU, as a GPU may not hold those of all data beside the training."""
     pixels = (pipeline.image_processor.preprocess(image).to(pipeline.device, pipeline.vae.dtype) for image in images)
-    return torch.cat([pipeline.image_latents(image).float() for image in pixels]), [
-        pipeline.encode_student(texts) for texts in captions
-    ]
+    latents = torch.cat([pipeline.image_latents(image).float().cpu() for image in pixels])
+    contexts = {}
+    # a prompt of many images is encoded and held once
+    for text in dict.fromkeys(itertools.chain(*captions)):
+        contexts[text] = {name: tensor.cpu() for name, tensor in pipeline.encode_student([text])[0].items()}
+    return latents, [[contexts[text] for text in texts] for texts in captions]
 
 
 def check_inputs(args, accelerator):
@@ -147,13 +155,13 @@ def main(args):
         quantization_config=dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers),
     ).to(accelerator.device)
     encoders.set_progress_bar_config(disable=True)
-    instance = encode(encoders, [dopsd.training_image(row) for row in dataset], dataset["captions"])
+    instance = encode(encoders, (dopsd.training_image(row) for row in dataset), dataset["captions"][:])
     if args.class_prompt:
         encoders.transformer = pipeline.transformer.to(accelerator.device)
         size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps}
         prompts = [args.class_prompt[i % len(args.class_prompt)] for i in range(args.num_class_images)]
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
-        drawn = [encoders(p, generator=g, **size).images[0] for p, g in zip(prompts, generators)]
+        drawn = (encoders(p, generator=g, **size).images[0] for p, g in zip(prompts, generators))
         prior = encode(encoders, drawn, [[prompt] for prompt in prompts])
     del encoders
     free_memory()
@@ -171,9 +179,9 @@ def main(args):
     count = args.train_batch_size * args.gradient_accumulation_steps
     for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        drawn = [(draw(*instance, count, rng, shift), 1.0)]
+        drawn = [(draw(*instance, count, rng, shift, accelerator.device), 1.0)]
         if args.class_prompt:
-            drawn.append((draw(*prior, count, rng, shift), args.prior_loss_weight))
+            drawn.append((draw(*prior, count, rng, shift, accelerator.device), args.prior_loss_weight))
         losses = []
         for examples, weight in drawn:
             for part in micro_batches(examples, args.train_batch_size):

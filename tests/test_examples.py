@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackend
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_dopsd_lora as dopsd
@@ -190,10 +191,26 @@ def test_flow_matching_loss_is_zero_for_the_true_velocity():
             return (states - latents) / (timestep / 1000).view(-1, 1, 1, 1)
 
     latents = torch.randn(1, 4, 8, 8).expand(16, -1, -1, -1)
-    examples = train_sft.draw(latents, [["caption"]] * 16, 16, torch.Generator().manual_seed(0), shift=3.0)
+    data = latents, [[{"prompt_embeds": torch.zeros(1)}]] * 16
+    examples = train_sft.draw(*data, 16, torch.Generator().manual_seed(0), 3.0, "cpu")
     assert train_sft.flow_matching_loss(Exact(), *examples) < 1e-5
     parts = train_sft.micro_batches(examples, 4)
     assert len(parts) == 4 and torch.equal(torch.cat([part[0] for part in parts]), examples[0])
+
+
+def test_data_is_read_one_by_one_and_goes_to_the_gpu_by_the_batch(pipeline, monkeypatch):
+    """All images, or all contexts on the GPU, would fill the memory of whoever has thousands; a prompt of a hundred
+    class images would be encoded a hundred times."""
+    seen, latents_of, encode = [], pipeline.image_latents, pipeline.encode_student
+    monkeypatch.setattr(pipeline, "image_latents", lambda pixels: seen.append("latents") or latents_of(pixels))
+    monkeypatch.setattr(pipeline, "encode_student", lambda texts: seen.extend(texts) or encode(texts))
+    images = (seen.append("image") or Image.new("RGB", (32, 32)) for _ in range(3))
+    data = train_sft.encode(pipeline, images, [["red"], ["red", "blue"], ["red"]])
+    assert seen == ["image", "latents"] * 3 + ["red", "blue"]
+    assert [len(own) for own in data[1]] == [1, 2, 1] and data[1][0][0] is data[1][2][0]
+    states, contexts, *rest = train_sft.draw(*data, 2, torch.Generator().manual_seed(0), 3.0, "meta")
+    assert {t.device.type for t in [states, *rest, *(c["prompt_embeds"] for c in contexts)]} == {"meta"}
+    assert data[0].device.type == "cpu"
 
 
 def test_flow_matching_draws_times_from_the_schedule_of_inference(pipeline):
