@@ -47,8 +47,8 @@ def parse_args(input_args=None):
     own = dopsd.ArgumentParser(add_help=False)
     own.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
     own.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
-    own.add_argument("--num_class_images", type=int, default=100, help="Images of the class prompts.")
-    own.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of the loss on them.")
+    own.add_argument("--num_class_images", type=dopsd.COUNT, default=100, help="Images of the class prompts.")
+    own.add_argument("--prior_loss_weight", type=dopsd.POSITIVE, default=1.0, help="Weight of the loss on them.")
     every = dopsd.ArgumentParser(parents=[own])
     for add in (dopsd.add_shared_arguments, dopsd.add_lora_arguments, full.add_full_arguments):
         add(every)
@@ -71,6 +71,8 @@ def parse_args(input_args=None):
 
 def shift_of(pipeline, latents, num_steps):
     """The shift s of the schedule sigma = s u / (1 + (s - 1) u), read off the second point of the inference grid."""
+    # one step has no second point; the shift is that of two, or next to it
+    num_steps = max(num_steps, 2)
     pipeline.few_step_grid(num_steps, latents)
     sigma, u = pipeline.scheduler.sigmas[1].item(), 1 - 1 / num_steps
     return sigma * (1 - u) / (u * (1 - sigma))

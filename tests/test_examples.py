@@ -120,6 +120,15 @@ def test_flags_that_would_do_nothing_are_refused(words, capsys):
     assert "unrecognized arguments: --" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", ["--num_class_images 0", "--num_class_images -1", "--prior_loss_weight -1"])
+def test_class_pictures_that_would_not_preserve_are_refused(words, capsys):
+    """No pictures end in a traceback once weights have loaded, and a negative weight trains the prior away."""
+    needed = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "data", "--output_dir", "out"]
+    with pytest.raises(SystemExit):
+        train_sft.parse_args([*needed, "--class_prompt", "a square", *words.split()])
+    assert capsys.readouterr().err.startswith(f"error: {words.split()[0]}: must be a ")
+
+
 def test_split_batch_trains_as_the_whole(sft):
     """With half a batch and two micro-steps, a user with a small card compares another training."""
     changes = {"optimizer": "adafactor", "class_prompt": "a square", "num_class_images": 2, "adam_weight_decay": 0.1}
@@ -213,6 +222,7 @@ def test_data_is_read_one_by_one_and_goes_to_the_gpu_by_the_batch(pipeline, monk
     assert data[0].device.type == "cpu"
 
 
-def test_flow_matching_draws_times_from_the_schedule_of_inference(pipeline):
-    """At other times than inference uses, the baseline would learn less."""
-    assert train_sft.shift_of(pipeline, torch.empty(1, 4, 8, 8), 4) == pytest.approx(3.0, rel=1e-3)
+@pytest.mark.parametrize("steps", [4, 1])
+def test_flow_matching_draws_times_from_the_schedule_of_inference(pipeline, steps):
+    """At other times than inference uses, the baseline would learn less; a grid of one step ended in a traceback."""
+    assert train_sft.shift_of(pipeline, torch.empty(1, 4, 8, 8), steps) == pytest.approx(3.0, rel=1e-3)
