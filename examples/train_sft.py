@@ -22,6 +22,7 @@ import train_dopsd_lora as dopsd  # first: it silences what libraries say while 
 import diffusers
 import torch
 import transformers
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from tqdm.auto import tqdm
 
@@ -119,7 +120,8 @@ def encode(pipeline, images, captions):
 
 
 def check_inputs(args, accelerator):
-    """Everything that can be known to be wrong before weights load. Returns family, dataset and the LoRA's layers.
+    """Everything that can be known to be wrong before weights load. Returns the lock of OUTPUT_DIR, family, dataset
+    and the LoRA's layers.
 
     Raises:
         ValueError: with one sentence that names the flag or file.
@@ -127,9 +129,20 @@ def check_inputs(args, accelerator):
     if accelerator.num_processes > 1:
         raise ValueError("train_sft.py runs in one process: launch it with python.")
     full.check_full_inputs(args, accelerator) if args.full else dopsd.check_packages(args)
-    dopsd.check_output_dir(args)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    lock, folder = dopsd.open_output_dir(args), Path(args.output_dir)
+    # without checkpoints there is nothing to go on from, and whose files they are cannot be told
+    there = [*dopsd.list_checkpoints(folder), *dopsd.results_in(folder), *folder.glob("transformer")]
+    if there:
+        raise ValueError(f"--output_dir {folder} holds {there[0].name}; choose another folder.")
+    if args.attention_backend:
+        name = args.attention_backend
+        with dopsd.blamed_on(f"--attention_backend {name}"), attention_backend(name):
+            pass
+    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    dopsd.check_source(flag, base, args.revision)
+    with dopsd.blamed_on(f"--{flag} {base}"):
+        family = family_of(base, args.revision)
+    dopsd.check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
     planned = dopsd.build_without_weights(family, args)
     multiple = family.size_multiple(planned.vae.config)
     if args.resolution % multiple:
@@ -137,13 +150,13 @@ def check_inputs(args, accelerator):
     buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    return family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
+    return lock, family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 
 
 def main(args):
     accelerator = dopsd.make_accelerator(args)
     try:
-        family, dataset, targets = check_inputs(args, accelerator)
+        lock, family, dataset, targets = check_inputs(args, accelerator)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
     quantization = dopsd.quantization_config("transformer", args.quantization, diffusers)
@@ -201,6 +214,7 @@ def main(args):
         full.save_pipeline(pipeline.transformer, family, args)
     else:
         dopsd.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
+    lock.release()
 
 
 if __name__ == "__main__":

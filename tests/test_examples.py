@@ -1,5 +1,6 @@
 """The baseline script of examples/: what D-OPSD is compared with."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackend
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -180,6 +182,33 @@ def test_mistake_ends_in_one_line(tmp_path, subprocess_env, base):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and str(tmp_path / "empty") in last
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pretrained_model_name_or_path": "no//typo"}, ["--pretrained_model_name_or_path no//typo is no folder"]),
+        ({"pretrained_model_name_or_path": "{tmp}/base"}, ["--pretrained_model_name_or_path", "base", "no weights"]),
+        ({"attention_backend": "flash"}, ["--attention_backend flash", "install"]),
+        ({"output_dir": "{images}/out"}, ["--output_dir", "--instance_data_dir", "choose another folder"]),
+        ({"output_dir": "{tmp}/taken"}, ["--output_dir", "taken is in use by", "choose another folder"]),
+        ({"output_dir": "{tmp}/lora"}, [f"lora holds {LORA}; choose another folder"]),
+        ({"output_dir": "{tmp}/full", "full": True}, ["full holds transformer; choose another folder"]),
+    ],
+)
+def test_what_cannot_work_is_named_before_weights_load(sft, base, images, tmp_path, monkeypatch, changes, words):
+    """Found later, a mistake costs the minutes in which the models load, and a library's message names no flag."""
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA).touch()
+    (tmp_path / "full" / "transformer").mkdir(parents=True)
+    monkeypatch.setattr(dopsd, "load_for_training", lambda *args: pytest.fail("weights load"))
+    changes = {n: v if v is True else v.format(images=images, tmp=tmp_path) for n, v in changes.items()}
+    switches = ["--full"] if changes.pop("full", False) else []
+    (tmp_path / "taken").mkdir()
+    with FileLock(tmp_path / "taken" / ".lock"), pytest.raises(dopsd.InputError) as caught:
+        sft(changes.pop("output_dir", "out"), *switches, **changes)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_rounding_without_bf16_is_refused(sft):
