@@ -9,6 +9,7 @@ flags, only those that do here what they do there are taken. It runs in one proc
 """
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -153,67 +154,75 @@ def check_inputs(args, accelerator):
     return lock, family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 
 
-def main(args):
-    accelerator = dopsd.make_accelerator(args)
-    try:
-        lock, family, dataset, targets = check_inputs(args, accelerator)
-    except (ValueError, OSError) as error:
-        raise dopsd.InputError(error) from error
-    quantization = dopsd.quantization_config("transformer", args.quantization, diffusers)
-    pipeline = dopsd.load_for_training(family, args, quantization)
-    encoders = family.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=dopsd.weight_dtype_of(args),
-        quantization_config=dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers),
-    ).to(accelerator.device)
+def savings(ways):
+    """Those of a training script's `ways` to save memory whose flags are taken here."""
+    return [way for way in ways if set(re.findall(r"--(\w+)", way)) <= COMMON | LORA | FULL]
+
+
+def encode_data(pipeline, family, dataset, args, accelerator):
+    """What `encode` makes of the training images and, with --class_prompt, of those that the model draws of it."""
+    quantization = dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers)
+    encoders = dopsd.load_pipeline(family, args, quantization, transformer=None).to(accelerator.device)
     encoders.set_progress_bar_config(disable=True)
-    instance = encode(encoders, (dopsd.training_image(row) for row in dataset), dataset["captions"][:])
+    data = [encode(encoders, (dopsd.training_image(row) for row in dataset), dataset["captions"][:])]
     if args.class_prompt:
         encoders.transformer = pipeline.transformer.to(accelerator.device)
         size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": args.num_inference_steps}
         prompts = [args.class_prompt[i % len(args.class_prompt)] for i in range(args.num_class_images)]
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
         drawn = (encoders(p, generator=g, **size).images[0] for p, g in zip(prompts, generators))
-        prior = encode(encoders, drawn, [[prompt] for prompt in prompts])
-    del encoders
+        data.append(encode(encoders, drawn, [[prompt] for prompt in prompts]))
+    return data
+
+
+def main(args):
+    accelerator = dopsd.make_accelerator(args)
+    try:
+        lock, family, dataset, targets = check_inputs(args, accelerator)
+    except (ValueError, OSError) as error:
+        raise dopsd.InputError(error) from error
+    smaller = [*savings(dopsd.encoding_savings(args)), "a lower --resolution"]
+    with dopsd.explain_failures(smaller, args.output_dir):
+        quantization = dopsd.quantization_config("transformer", args.quantization, diffusers)
+        pipeline = dopsd.load_for_training(family, args, quantization)
+        data = encode_data(pipeline, family, dataset, args, accelerator)
     free_memory()
 
-    dopsd.place_for_training(pipeline, args, accelerator)
-    if args.full:
-        full.make_trainable(pipeline, args)
-    else:
-        dopsd.add_lora(pipeline, targets, args)
-    parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
-    optimizer = full.make_full_optimizer(parameters, args)
-    lr_scheduler = dopsd.make_lr_scheduler(optimizer, args)
-    optimizer = accelerator.prepare(optimizer)
-    shift = shift_of(pipeline, instance[0], args.rollout_steps)
-    count = args.train_batch_size * args.gradient_accumulation_steps
-    for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
-        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        drawn = [(draw(*instance, count, rng, shift, accelerator.device), 1.0)]
-        if args.class_prompt:
-            drawn.append((draw(*prior, count, rng, shift, accelerator.device), args.prior_loss_weight))
-        losses = []
-        for examples, weight in drawn:
-            for part in micro_batches(examples, args.train_batch_size):
-                with accelerator.autocast():
-                    loss = flow_matching_loss(pipeline, *part)
-                accelerator.backward(loss * weight / args.gradient_accumulation_steps)
-                losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
-        # with fp16 the gradient scaler skips a step whose gradient is not finite
-        dopsd.check_finite(torch.stack(losses).tolist(), 0.0 if accelerator.scaler else grad_norm.item())
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-    if args.full:
-        full.save_pipeline(pipeline.transformer, family, args)
-    else:
-        dopsd.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
+    ways = full.full_savings(args) if args.full else dopsd.lora_savings(args)
+    with dopsd.explain_failures(savings(ways), args.output_dir):
+        dopsd.place_for_training(pipeline, args, accelerator)
+        if args.full:
+            full.make_trainable(pipeline, args)
+        else:
+            dopsd.add_lora(pipeline, targets, args)
+        parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+        optimizer = full.make_full_optimizer(parameters, args)
+        lr_scheduler = dopsd.make_lr_scheduler(optimizer, args)
+        optimizer = accelerator.prepare(optimizer)
+        shift = shift_of(pipeline, data[0][0], args.rollout_steps)
+        count = args.train_batch_size * args.gradient_accumulation_steps
+        for step in tqdm(range(args.max_train_steps), desc="SFT steps", mininterval=5):
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            drawn = [draw(*examples, count, rng, shift, accelerator.device) for examples in data]
+            losses = []
+            # the prior's are the second, if there are any
+            for examples, weight in zip(drawn, (1.0, args.prior_loss_weight)):
+                for part in micro_batches(examples, args.train_batch_size):
+                    with accelerator.autocast():
+                        loss = flow_matching_loss(pipeline, *part)
+                    accelerator.backward(loss * weight / args.gradient_accumulation_steps)
+                    losses.append(loss.detach())
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or torch.inf)
+            # with fp16 the gradient scaler skips a step whose gradient is not finite
+            dopsd.check_finite(torch.stack(losses).tolist(), 0.0 if accelerator.scaler else grad_norm.item())
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        with dopsd.blamed_on(f"--output_dir {args.output_dir}"):
+            if args.full:
+                full.save_pipeline(pipeline.transformer, family, args)
+            else:
+                dopsd.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
     lock.release()
 
 

@@ -1,5 +1,7 @@
 """The baseline script of examples/: what D-OPSD is compared with."""
 
+import errno
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_dopsd_full as full
 import train_dopsd_lora as dopsd
 from conftest import LORA, ROOT
 from pipeline_dopsd import DOPSDZImagePipeline
@@ -209,6 +212,37 @@ def test_what_cannot_work_is_named_before_weights_load(sft, base, images, tmp_pa
     with FileLock(tmp_path / "taken" / ".lock"), pytest.raises(dopsd.InputError) as caught:
         sft(changes.pop("output_dir", "out"), *switches, **changes)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("switches", [[], ["--full"]], ids=["lora", "full"])
+@pytest.mark.parametrize("place", ["encode", "flow_matching_loss"])
+def test_out_of_memory_names_flags_that_the_script_takes(sft, monkeypatch, place, switches):
+    """A traceback names no remedy, and one of another script would be refused."""
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train_sft, place, fail)
+    with pytest.raises(dopsd.InputError) as caught:
+        sft("out", *switches)
+    remedies = str(caught.value).split("Cheapest remedies: ")[1]
+    assert ("--encoder_quantization int8" if place == "encode" else "--use_8bit_adam") in remedies
+    assert set(re.findall(r"--(\w+)", remedies)) <= train_sft.COMMON | train_sft.FULL | train_sft.LORA
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "switches"), [(dopsd, "save_lora", []), (full, "save_pipeline", ["--full"])]
+)
+def test_result_that_cannot_be_written_is_told_in_one_line(sft, monkeypatch, module, name, switches):
+    """On a full disk the run ended in a traceback; it has no checkpoint to go on from, so none must be promised."""
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(dopsd.InputError, match="--output_dir .*: .*No space left") as caught:
+        sft("out", *switches, max_train_steps=1)
+    assert "--resume_from_checkpoint" not in str(caught.value)
 
 
 def test_rounding_without_bf16_is_refused(sft):
