@@ -5,9 +5,9 @@ writes.
         --lora old.safetensors --output_dir my_lora
 
 Understood are PEFT's raw keys (`base_model.model.LAYER.lora_A.weight`, also with an adapter's name in them), whose
-alpha stands in adapter_config.json beside the file or is given with --lora_alpha, and kohya's keys
-(`lora_unet_LAYER.lora_down.weight`, `.alpha`). Anything else is refused: a key that is dropped in silence is a layer
-that is lost.
+alpha stands in the file's header, as diffusers writes it, or in adapter_config.json beside the file, or is given with
+--lora_alpha, and kohya's keys (`lora_unet_LAYER.lora_down.weight`, `.alpha`). Anything else is refused: a key that is
+dropped in silence is a layer that is lost.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline_dopsd import LORA_WEIGHT_NAME, family_of  # noqa: E402
+from train_dopsd_lora import blamed_on  # noqa: E402
 
 
 PEFT = re.compile(
@@ -88,19 +90,33 @@ def scale_of(parts, kohya, config, alpha):
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def adapter_config(file):
+    """What PEFT's config of the adapter says: in the file's header, which diffusers reads, or else beside the file.
+
+    Raises:
+        ValueError: it is not understood.
+    """
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    beside = file.parent / "adapter_config.json"
+    where = f"{LORA_ADAPTER_METADATA_KEY} in its header" if text else f"{beside.name} beside it"
+    with blamed_on(f"{where} is no JSON object"):
+        config = {**json.loads(text or (beside.read_text() if beside.exists() else "{}"))}
+    # diffusers puts the component's name before each
+    config = {name.removeprefix("transformer."): value for name, value in config.items()}
+    for name in ("alpha_pattern", "use_dora"):
+        if config.get(name):
+            raise ValueError(f"{name} of {where} is not understood.")
+    return config
+
+
 def convert(file, shapes, alpha=None):
     """State dict with the scale folded into lora_B.
 
     Raises:
         ValueError: the file is not understood or does not fit the base, whose layers have these `shapes`.
     """
-    tensors, config_file = load_file(file), file.parent / "adapter_config.json"
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
-    if not isinstance(config, dict):
-        raise ValueError("adapter_config.json beside the file is no adapter's.")
-    for name in ("alpha_pattern", "use_dora"):
-        if config.get(name):
-            raise ValueError(f"{name} of adapter_config.json is not understood.")
+    tensors, config = load_file(file), adapter_config(file)
     kohya, result = any(key.startswith("lora_") for key in tensors), {}
     for name, parts in read_layers(tensors, shapes, kohya).items():
         if not parts.keys() >= {"A", "B"}:
@@ -127,7 +143,9 @@ def main(input_args=None):
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="the base that the LoRA was trained on")
     parser.add_argument("--lora", type=Path, required=True, help="the file to convert")
     parser.add_argument(
-        "--lora_alpha", type=float, help="alpha of a file with PEFT's keys, if adapter_config.json is missing"
+        "--lora_alpha",
+        type=float,
+        help="alpha of a file with PEFT's keys, if neither its header nor adapter_config.json says it",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help=f"folder that {LORA_WEIGHT_NAME} is written to")
     args = parser.parse_args(input_args)

@@ -36,8 +36,9 @@ def layers(family, base):
 def convert(base, tmp_path):
     """Runs the command on tensors in a file; returns the folder that it writes to."""
 
-    def run(tensors, *flags, config=None):
-        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "old.safetensors")
+    def run(tensors, *flags, config=None, header=None):
+        metadata = header and {"lora_adapter_metadata": json.dumps(header)}
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "old.safetensors", metadata)
         if config:
             (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         command = [
@@ -82,6 +83,18 @@ def assert_strength(base, folder, layers, scale):
 def test_peft_keys(base, layers, convert, prefix, adapter, config, flags, scale):
     """The public D-OPSD code saves such files, which neither diffusers nor ComfyUI loads for Z-Image."""
     folder = convert(peft_keys(layers, prefix, adapter), *flags, config=config)
+    assert_strength(base, folder, layers, scale)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("beside", [None, {"lora_alpha": 1}])
+def test_file_of_diffusers_has_the_strength_that_diffusers_gives_it(base, layers, convert, tmp_path, rslora, beside):
+    """Its alpha stands in its header alone; another's beside it, or a guess, would run it at another strength."""
+    header = {"transformer.lora_alpha": 2 * RANK, "transformer.r": RANK, "transformer.use_rslora": rslora}
+    header |= {"transformer.target_modules": list(layers), "transformer.alpha_pattern": {}}
+    folder = convert(peft_keys(layers, "transformer."), config=beside, header=header)
+    scale = 2 * RANK / (math.sqrt(RANK) if rslora else RANK)
+    assert_strength(base, tmp_path / "old.safetensors", layers, scale)
     assert_strength(base, folder, layers, scale)
 
 
@@ -151,8 +164,14 @@ def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_pat
     # of another alpha, it would run at another strength
     with pytest.raises(SystemExit, match="leave out --lora_alpha"):
         convert(peft_keys(layers), "--lora_alpha", "4", config={"lora_alpha": ALPHA})
+    with pytest.raises(SystemExit, match="leave out --lora_alpha"):
+        convert(peft_keys(layers), "--lora_alpha", "4", header={"transformer.lora_alpha": ALPHA})
+    with pytest.raises(SystemExit, match="lora_adapter_metadata in its header is no JSON object"):
+        convert(peft_keys(layers), header=["x"])
     for kind in ("use_dora", "alpha_pattern"):
-        with pytest.raises(SystemExit, match=kind):
+        with pytest.raises(SystemExit, match=f"{kind} of lora_adapter_metadata in its header"):
+            convert(peft_keys(layers), header={"transformer.lora_alpha": ALPHA, f"transformer.{kind}": {"x": 1}})
+        with pytest.raises(SystemExit, match=f"{kind} of adapter_config.json beside it"):
             convert(peft_keys(layers), config={"lora_alpha": ALPHA, kind: {"x": 1}})
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / LORA).write_text("kept")
