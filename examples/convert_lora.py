@@ -2,7 +2,7 @@
 writes.
 
     python examples/convert_lora.py --pretrained_model_name_or_path Tongyi-MAI/Z-Image-Turbo \\
-        --lora old.safetensors --output_dir my_lora
+        --lora old.safetensors --output_dir my_converted_lora
 
 Understood are PEFT's raw keys (`base_model.model.LAYER.lora_A.weight`, also with an adapter's name in them), whose
 alpha stands in the file's header, as diffusers writes it, or in adapter_config.json beside the file, or is given with
@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline_dopsd import LORA_WEIGHT_NAME, family_of  # noqa: E402
-from train_dopsd_lora import blamed_on  # noqa: E402
+from train_dopsd_lora import apply_umask, blamed_on, check_source  # noqa: E402
 
 
 PEFT = re.compile(
@@ -149,18 +149,25 @@ def main(input_args=None):
     )
     parser.add_argument("--output_dir", type=Path, required=True, help=f"folder that {LORA_WEIGHT_NAME} is written to")
     args = parser.parse_args(input_args)
+    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     written = args.output_dir / LORA_WEIGHT_NAME
+    aside = written.with_suffix(".tmp")
     try:
         if written.exists():
-            raise ValueError(f"{written} exists; give another --output_dir.")
-        family = family_of(args.pretrained_model_name_or_path)
-        weights = convert(args.lora, linear_shapes(family, args.pretrained_model_name_or_path), args.lora_alpha)
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {args.lora}: {' '.join(str(error).split())}")
-    family.save_lora_weights(args.output_dir, transformer_lora_layers=weights, weight_name=LORA_WEIGHT_NAME)
-    umask = os.umask(0)  # it is only read by setting it
-    os.umask(umask)
-    written.chmod(0o666 & ~umask)  # safetensors lets nobody but the user read what it writes
+            raise ValueError(f"--output_dir {args.output_dir} holds {LORA_WEIGHT_NAME}; choose another folder.")
+        check_source(flag, base)
+        with blamed_on(f"--{flag} {base}"):
+            family = family_of(base)
+            shapes = linear_shapes(family, base)
+        with blamed_on(f"--lora {args.lora}"):
+            weights = convert(args.lora, shapes, args.lora_alpha)
+        with blamed_on(f"--output_dir {args.output_dir} cannot be written to; choose another folder"):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            family.save_lora_weights(args.output_dir, transformer_lora_layers=weights, weight_name=aside.name)
+            apply_umask(aside)
+            os.replace(aside, written)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"{len(weights) // 2} layers: {written}")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 
@@ -11,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import train_dopsd_lora
 from conftest import LORA, ROOT
 
 
@@ -114,13 +114,10 @@ def test_kohya_keys(base, layers, convert, alpha):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_file_has_the_permissions_of_the_umask(layers, convert, mask):
+def test_file_has_the_permissions_of_the_umask(layers, convert, monkeypatch, mask):
     """A ComfyUI of another user could not read it."""
-    old = os.umask(mask)
-    try:
-        written = convert(peft_keys(layers), "--lora_alpha", "4") / LORA
-    finally:
-        os.umask(old)
+    monkeypatch.setattr(train_dopsd_lora, "UMASK", mask)
+    written = convert(peft_keys(layers), "--lora_alpha", "4") / LORA
     assert written.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
@@ -175,6 +172,40 @@ def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_pat
             convert(peft_keys(layers), config={"lora_alpha": ALPHA, kind: {"x": 1}})
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / LORA).write_text("kept")
-    with pytest.raises(SystemExit, match="exists"):
+    with pytest.raises(SystemExit, match=f"^error: --output_dir .*new holds {LORA}; choose another folder"):
         convert(peft_keys(layers), "--lora_alpha", "4")
     assert (tmp_path / "new" / LORA).read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--pretrained_model_name_or_path", "no//typo"], "--pretrained_model_name_or_path no//typo is no folder"),
+        (["--lora", "typo.safetensors"], "--lora typo.safetensors: "),
+        (["--output_dir", "{tmp}/file"], "--output_dir {tmp}/file cannot be written to; choose another folder"),
+        (["--output_dir", "{tmp}/file/new"], "--output_dir {tmp}/file/new cannot be written to; choose another"),
+    ],
+)
+def test_mistake_is_blamed_on_its_own_flag(layers, convert, tmp_path, words, told):
+    """A mistyped base was said to be wrong with the LoRA's file, and a folder that is a file ended in a traceback."""
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit) as caught:
+        convert(peft_keys(layers), "--lora_alpha", "4", *(word.format(tmp=tmp_path) for word in words))
+    assert str(caught.value).startswith(f"error: {told.format(tmp=tmp_path)}")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_interrupted_conversion_leaves_no_torn_file(layers, convert, tmp_path, monkeypatch):
+    """Half a file under the result's name would be loaded, and stand in the way of the next try."""
+    write = convert_lora.apply_umask
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_lora, "apply_umask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(peft_keys(layers), "--lora_alpha", "4")
+    assert not (tmp_path / "new" / LORA).exists()
+    monkeypatch.setattr(convert_lora, "apply_umask", write)
+    folder = convert(peft_keys(layers), "--lora_alpha", "4")
+    assert [path.name for path in folder.iterdir()] == [LORA]
