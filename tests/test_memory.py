@@ -552,6 +552,14 @@ def test_command_needs_no_weights(base, flags, tmp_path, script_of, monkeypatch,
     assert "peak, GiB" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("typo", ["no//typo", "{tmp}"], ids=["no base", "an empty folder"])
+def test_command_names_the_flag_of_a_mistyped_base(flags, tmp_path, typo):
+    """A library's message about a file says nothing of the flag that was mistyped."""
+    words = flags("out", pretrained_model_name_or_path=typo.format(tmp=tmp_path))
+    with pytest.raises(ValueError, match=f"^--pretrained_model_name_or_path {typo.format(tmp=tmp_path)}"):
+        memory.print_command(SimpleNamespace(gpu_gib=None), ["train_dopsd_lora.py", *words])
+
+
 def test_out_of_memory_while_encoding_names_flags_that_help(train_any, tmp_path, monkeypatch):
     """Flags of the training would not help where the encoder fills the card."""
 

@@ -272,12 +272,13 @@ def planned(model, args):
 
 def planned_from_configs(args):
     """Pipeline and batch of the base that `args` name, a folder or a Hub id, on the meta device."""
-    family = family_of(args.pretrained_model_name_or_path, args.revision)
+    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    lora.check_source(flag, base, args.revision)
+    with lora.blamed_on(f"--{flag} {base}"):
+        family = family_of(base, args.revision)
     lora.resolve_arguments(family, args)
     pipeline = lora.build_without_weights(family, args)
-    return pipeline, batch_of(
-        pipeline, family.load_config(args.pretrained_model_name_or_path, revision=args.revision), args
-    )
+    return pipeline, batch_of(pipeline, family.load_config(base, revision=args.revision), args)
 
 
 def batch_of(pipeline, pipeline_config, args):
