@@ -2267,7 +2267,7 @@ def peak_memory_gib(device):
 def check_finite(losses, grad_norm=0.0):
     """Stops a run that has diverged, before a checkpoint is written."""
     if not all(map(math.isfinite, [*losses, grad_norm])):
-        told = f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops here, checkpoints are kept."
+        told = f"Loss {losses} or gradient norm {grad_norm} is not finite; the run stops. What was written is kept."
         raise InputError(f"{told} Lower --learning_rate or use --mixed_precision bf16.")
 
 
