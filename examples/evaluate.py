@@ -548,28 +548,29 @@ def share_of_way(before, after, differences):
     return (after - before) @ direction / max(length, biased / 4)  # images that have little in common tell no length
 
 
-def membership(pictures, images):
+def membership(pictures, images, left_out=None):
     """Whether each picture, of features (prompts, noises, dim), is as near to the training `images` (images, dim) as
     three in four of these are to one another; (prompts, noises). Fresh pictures of the concept are in three of four
     cases.
 
-    Prompts are in turn those of the images. The image of a picture's own prompt is left out, so that a copy of it
-    counts no more.
+    `left_out` holds for each prompt the places of the images that do not count: the one that was shown, so that a copy
+    of it counts no more, and that of the same caption, which is near by its scene. Default: prompts are in turn those
+    of the images. Where none is left, no distance is told, and a picture counts as near.
     """
     similarity, count = pictures @ images.T, len(images)
-    if count == 1:  # tells no distance
-        return np.ones(pictures.shape[:2])
-    others = 1 - np.eye(count)
-    limit = np.quantile((images @ images.T * others).sum(axis=1) / (count - 1), 0.25)
-    return (
-        (similarity * others[np.arange(len(pictures)) % count][:, None]).sum(axis=2) / (count - 1) >= limit
-    ).astype(float)
+    if left_out is None:
+        left_out = [{prompt % count} for prompt in range(len(pictures))]
+    others = np.array([[place not in own for place in range(count)] for own in left_out], float)
+    left = others.sum(axis=1)[:, None]
+    limit = np.quantile((images @ images.T * (1 - np.eye(count))).sum(axis=1) / max(count - 1, 1), 0.25)
+    near = np.einsum("pni,pi->pn", similarity, others) / np.maximum(left, 1) >= limit
+    return (near | (left == 0)).astype(float)
 
 
-def near(before, after, images):
+def near(before, after, images, left_out=None):
     """Whether each picture `after` is near the training images: see `membership`, and at least half of
     `share_of_way`."""
-    return membership(after, images) * (
+    return membership(after, images, left_out) * (
         share_of_way(before, after, images - before[: len(images)].mean(axis=1)) >= 0.5
     )
 
@@ -599,7 +600,8 @@ def ways_of(family, dataset, args):
     """Name -> arguments of each way of showing the picture, and the layer of the VLM it reads, None for the
     family's."""
     contexts = args.teacher_context or family.teacher_contexts
-    images = args.teacher_image or ["target", "other"][: len(dataset)]
+    # of two images, that of the caption and the shown one, none would be left to compare with
+    images = args.teacher_image or (["target", "other"] if len(dataset) > 2 else ["target"])
     many = {name: len(getattr(args, name) or []) > 1 for name in WAYS}
     if args.hidden_layer and not hasattr(family, "hidden_layer"):
         raise ValueError("--hidden_layer: this model reads several layers of the VLM.")
@@ -685,8 +687,8 @@ def token_statistics(family, way, layer, dataset, files):
     ]
 
 
-def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
-    """Figures of each way, and what the student's pictures are worth."""
+def measure_teacher(drawings, ways, pairs, captions, dataset, args, accelerator):
+    """Figures of each of the `ways`, and what the student's pictures are worth."""
     files = {name: [d.file(args) for d in own] for name, own in drawings.items()}
     with encoder("image_encoder", args, accelerator) as look:
         features = {name: look.images(own).reshape(len(pairs), args.noise_seeds, -1) for name, own in files.items()}
@@ -699,15 +701,20 @@ def measure_teacher(drawings, pairs, captions, dataset, args, accelerator):
             name: told_apart(read.images(own).reshape(len(pairs), args.noise_seeds, -1), texts)
             for name, own in files.items()
         }
-    ways = {}
+    figures, places = {}, {index: place for place, (index, _) in enumerate(captions)}
     for name, own in features.items():
-        ways[name] = {
-            "near": interval(np.mean, near(student, own, images)),
+        left_out = [
+            {places.get(dopsd.shown_row(range(len(dataset)), index, ways[name][0]))}
+            | ({places[index]} if (index, prompt) in captions else set())
+            for index, prompt in pairs
+        ]
+        figures[name] = {
+            "near": interval(np.mean, near(student, own, images, left_out)),
             "way": interval(np.mean, share_of_way(student, own, differences)),
         }
-        ways[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
+        figures[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
     _, length, biased = common_part(differences)
-    return ways, {
+    return figures, {
         "follows": float(follows["student"].mean()),
         "near": float(membership(student, images).mean()),
         "lacks": float(length / biased),
@@ -781,7 +788,7 @@ def teacher(args, accelerator):
                 for i, (path, (index, _)) in enumerate(zip(paths, pairs)) for seed in range(args.noise_seeds)
             ])  # fmt: skip
     draw([d for own in drawings.values() for d in own], functools.partial(load_base, family, args), args, accelerator)
-    figures, student = measure_teacher(drawings, pairs, captions, dataset, args, accelerator)
+    figures, student = measure_teacher(drawings, ways, pairs, captions, dataset, args, accelerator)
     for name, (way, layer) in ways.items():
         tokens = token_statistics(family, way, layer, dataset, files[name]) if way.teacher_context == "vlm" else []
         figures[name] |= {

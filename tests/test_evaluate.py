@@ -171,6 +171,21 @@ def test_teacher_compares_every_way_of_showing_the_picture(evaluate, tmp_path, m
     assert Image.open(tmp_path / "teacher.png").width > 128 * 6
 
 
+def test_copy_of_what_each_teacher_was_shown_counts_no_more(evaluate, tmp_path, monkeypatch):
+    """The way that shows the next image would win with teachers that copy it."""
+    seen = []
+    near = instruments.near
+    monkeypatch.setattr(instruments, "near", lambda *given: (seen.append(given[3]), near(*given))[1])
+    evaluate("teacher", tmp_path, num_captions=3, noise_seeds=2, num_inference_steps=1)
+    # of 4 images, those of rows 0, 1 or 2, and 3 are looked at; two new prompts are shown those of the first two rows
+    rows = np.linspace(0, 3, 3).round().astype(int).tolist()
+    target = [0, 1, 2, 0, 1]
+    following = [rows.index(row) if (row := (rows[place] + 1) % 4) in rows else None for place in target]
+    assert seen[0] == [{place} for place in target] and None in following
+    # a picture of a caption is near the image of that caption, whatever was shown
+    assert seen[1] == [{own, shown} if i < 3 else {shown} for i, (own, shown) in enumerate(zip(target, following))]
+
+
 @pytest.mark.families("klein", "krea")
 def test_teachers_of_every_family_are_looked_at(evaluate, family, tmp_path):
     """A user of another family would meet a traceback, or no word on one of its teachers."""
@@ -476,6 +491,15 @@ def test_pictures_of_the_concept_are_near_and_a_copy_counts_no_more():
     )
     copies = np.repeat(images[np.arange(8) % 4][:, None], 200, axis=1)
     assert np.isclose(instruments.membership(copies, images).mean(), 0.75)
+    # of the next image, which is compared with the other two; with none left out, it is near itself
+    following = np.roll(images, -1, axis=0)[:, None]
+    left_out = [{i, (i + 1) % 4} for i in range(4)]
+    similarity = images @ images.T
+    limit = np.quantile((similarity.sum(axis=1) - 1) / 3, 0.25)
+    expected = [(similarity[(i + 1) % 4].sum() - 1 - similarity[i, (i + 1) % 4]) / 2 >= limit for i in range(4)]
+    assert instruments.membership(following, images, left_out)[:, 0].tolist() == expected
+    assert instruments.membership(following, images, [set()] * 4).all()
+    assert instruments.membership(base[:1], images, [{0, 1, 2, 3}]).all()
     assert (
         instruments.near(base, base, images[:1]).mean() == 0
         and instruments.near(base[:1], images[:1, None], images[:1]).mean() == 1
