@@ -23,11 +23,13 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -516,14 +518,17 @@ def detail(picture):
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
-def interval(statistic, *arrays, draws=1000):
-    """Value of a statistic of arrays (prompts, noises, ..), with its 95 % interval over prompts and noises drawn
-    anew."""
-    rng, values = np.random.default_rng(0), []
-    for _ in range(draws):
-        rows, columns = (rng.integers(n, size=n) for n in arrays[0].shape[:2])
-        values.append(statistic(*(a[rows][:, columns] for a in arrays)))
-    return [float(statistic(*arrays)), *map(float, np.percentile(values, [2.5, 97.5]))]
+def interval(statistic, *arrays, draws=2000):
+    """Value of a statistic of arrays (prompts, noises), with its 95 % interval over prompts drawn anew, each with all
+    its noises; of a single prompt, over its noises."""
+    value, rng = statistic(*arrays), np.random.default_rng(0)
+    arrays = [a.T for a in arrays] if len(arrays[0]) == 1 else arrays
+    count = len(arrays[0])
+    # of few prompts the plain percentiles lie too close: Hesterberg's expanded ones make up for n - 1 and Student's t
+    student = np.quantile(rng.standard_t(count - 1, 100_000), 0.975)
+    tail = 100 * NormalDist().cdf(-student * math.sqrt(count / (count - 1)))
+    values = [statistic(*(a[rows] for a in arrays)) for rows in rng.integers(count, size=(draws, count))]
+    return [float(value), *map(float, np.percentile(values, [tail, 100 - tail]))]
 
 
 def common_part(differences):

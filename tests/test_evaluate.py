@@ -523,6 +523,23 @@ def test_interval_narrows_with_prompts_and_holds_its_value():
     )
 
 
+@pytest.mark.parametrize(("prompts", "student"), [(10, 2.262), (52, 2.008)])
+def test_interval_is_as_wide_as_that_of_the_mean_over_prompts(prompts, student):
+    """Two LoRAs that differ would pass as alike, or chance as a difference."""
+    rng, widths = np.random.default_rng(0), []
+    for _ in range(40):
+        _, low, high = instruments.interval(np.mean, rng.normal(size=(prompts, 4)), draws=500)
+        widths.append(high - low)
+    # of the mean of four noises, with Student's t
+    assert 0.9 < np.mean(widths) / (2 * student * (0.25 / prompts) ** 0.5) < 1.1
+
+
+def test_interval_of_one_prompt_is_over_its_noises():
+    """A single caption would end in a division by zero, or look sure."""
+    value, low, high = instruments.interval(np.mean, np.array([[0.0, 1.0, 0.0, 1.0]]))
+    assert (value, low, high) == (0.5, 0, 1)
+
+
 def test_prompt_that_is_not_followed_is_not_told_apart():
     """A teacher that copies its picture whatever it is asked for would pass."""
     texts = np.eye(3)
