@@ -713,8 +713,10 @@ def measure_teacher(drawings, ways, pairs, captions, dataset, args, accelerator)
             | ({places[index]} if (index, prompt) in captions else set())
             for index, prompt in pairs
         ]
+        near_each = near(student, own, images, left_out)
         figures[name] = {
-            "near": interval(np.mean, near(student, own, images, left_out)),
+            "near": interval(np.mean, near_each),
+            "near_each": near_each.tolist(),
             "way": interval(np.mean, share_of_way(student, own, differences)),
         }
         figures[name]["follows"] = interval(lambda t, s: t.mean() - s.mean(), follows[name], follows["student"])
@@ -728,7 +730,12 @@ def measure_teacher(drawings, ways, pairs, captions, dataset, args, accelerator)
 
 def teacher_verdict(ways, student):
     """What to do, in words. `ways` is name -> figures, in which `trainable` says whether flags of the training make
-    it; `student` has figures of the student."""
+    it, and `near_each` which pictures are near; `student` has figures of the student."""
+
+    def difference(name, other):
+        """Interval of the difference of two ways, which draw the same prompts with the same noises."""
+        return interval(np.mean, np.subtract(ways[name]["near_each"], ways[other]["near_each"]))
+
     best = max((name for name in ways if ways[name]["trainable"]), key=lambda name: ways[name]["near"][0])
     share, flags = ways[best]["near"][0], ways[best]["flags"]
     drawn = (
@@ -743,9 +750,9 @@ def teacher_verdict(ways, student):
     if student["near"] >= WORTH and student["lacks"] < 0.25:
         text = f"The base draws this untrained: the student's pictures lack nothing that the training images have in common. {text}"
     first = next(name for name in ways if ways[name]["trainable"])  # the default way
-    if first != best and ways[first]["near"][2] >= ways[best]["near"][1]:
+    if first != best and difference(best, first)[1] <= 0:
         text += f" The difference to {first} is within the noise; look at teacher.png."
-    better = [name for name in ways if not ways[name]["trainable"] and ways[name]["near"][1] > share]
+    better = [name for name in ways if not ways[name]["trainable"] and difference(name, best)[1] > 0]
     if better:
         text += f" Another layer of the VLM shows more ({better[0]}); the training has no flag for it."
     if wild := [n for n, f in ways.items() if any(layer["image"] > OUTLIER * layer["text"] for layer in f["tokens"])]:

@@ -557,6 +557,7 @@ def test_verdict_on_teachers(shares, student, words):
     ways = {
         name: {
             "near": [share, share - 0.05, share + 0.05],
+            "near_each": [[share] * 4] * 8,
             "flags": f"--{name}",
             "trainable": name == "a",
             "tokens": [],
@@ -570,6 +571,21 @@ def test_verdict_on_teachers(shares, student, words):
         "Outlying dimensions in the image tokens (b)"
         in instruments.teacher_verdict(ways, {"near": student, "lacks": 0.1})[1]
     )
+
+
+def test_ways_are_compared_prompt_by_prompt():
+    """A teacher that is better on every prompt would be called as good as the default one, since prompts differ more
+    than teachers do."""
+    figures = lambda each: {"near": instruments.interval(np.mean, each), "near_each": each.tolist(), "tokens": []}  # noqa: E731
+    default = np.tile(np.linspace(0, 0.8, 10)[:, None], 4)
+    flags = {"flags": "", "trainable": True}
+    student = {"near": 0, "lacks": 1}
+    for better, unsure in ((default + 0.15, False), (np.roll(default, 5, axis=0) + 0.05, True)):
+        ways = {"a": figures(default) | flags, "b": figures(better) | flags}
+        assert ways["b"]["near"][1] < ways["a"]["near"][2]
+        assert ("within the noise" in instruments.teacher_verdict(ways, student)[1]) == unsure
+        ways["b"]["trainable"] = False
+        assert ("Another layer" in instruments.teacher_verdict(ways, student)[1]) == (not unsure)
 
 
 @pytest.mark.parametrize(("answer", "level"), [
