@@ -42,6 +42,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm.auto import tqdm
@@ -285,6 +286,12 @@ def check_inputs(args):
         ValueError: with one sentence that names the flag or file.
     """
     dopsd.check_packages(args)
+    if args.attention_backend:
+        with (
+            dopsd.blamed_on(f"--attention_backend {args.attention_backend}"),
+            attention_backend(args.attention_backend),
+        ):
+            pass
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
     dopsd.check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
@@ -610,6 +617,12 @@ def ways_of(family, dataset, args):
     many = {name: len(getattr(args, name) or []) > 1 for name in WAYS}
     if args.hidden_layer and not hasattr(family, "hidden_layer"):
         raise ValueError("--hidden_layer: this model reads several layers of the VLM.")
+    if args.hidden_layer:
+        base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
+        count = AutoConfig.from_pretrained(**base, subfolder="text_encoder").get_text_config().num_hidden_layers
+        # 0 is what the first layer is given
+        if wrong := [layer for layer in args.hidden_layer if not -count - 1 <= layer <= count]:
+            raise ValueError(f"--hidden_layer {wrong[0]}: this VLM has {count} layers; give {-count - 1} to {count}.")
     if args.hidden_layer and family.hidden_layer not in args.hidden_layer:  # what is trained is compared with
         args.hidden_layer = [family.hidden_layer, *args.hidden_layer]
     ways = {}
