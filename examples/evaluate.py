@@ -254,6 +254,10 @@ def use_settings(parser, words):
     known.pop("context_cache_dir", None)
     if found.instance_data_dir or found.dataset_name:
         known = {name: value for name, value in known.items() if name not in ("instance_data_dir", "dataset_name")}
+    typed = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
+    for name, value in known.items():
+        if str(value).startswith(".../") and name not in typed:  # see `public_settings` of the training script
+            parser.error(f"{file}: the path {value} was shortened; give --{name}")
     parser.set_defaults(**known)
     for action in parser._actions:
         action.required = action.required and action.dest not in known

@@ -317,6 +317,8 @@ def test_flags_of_the_training_are_the_defaults(reported, encoders):
         reported.folder,
         "--instance_data_dir",
         "pictures",
+        "--pretrained_model_name_or_path",
+        "model",
         "--image_encoder",
         encoders / "image",
     ]
@@ -332,8 +334,21 @@ def test_broken_images_are_left_out_as_in_the_training(reported, tmp_path):
         "dataset_num_workers": 2,
     }
     (tmp_path / script.SETTINGS_NAME).write_text(json.dumps(settings))
-    args = instruments.parse_args(["report", "--output_dir", str(tmp_path)])
+    paths = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x"]
+    args = instruments.parse_args(["report", "--output_dir", str(tmp_path), *paths])
     assert (args.skip_broken_images, args.dataset_num_workers) == (True, 2)
+
+
+@pytest.mark.parametrize("given", ["--instance_data_dir=x", "--pretrained_model_name_or_path=x"])
+def test_path_that_the_settings_shortened_is_asked_for(reported, given, capsys):
+    """A user would read that `.../model` is no folder, and not which flag to give."""
+    paths = {"--instance_data_dir=x", "--pretrained_model_name_or_path=x"}
+    with pytest.raises(SystemExit):
+        instruments.parse_args(["report", "--output_dir", str(reported.folder), given])
+    missing = (paths - {given}).pop().split("=")[0]
+    assert f"was shortened; give {missing}\n" in capsys.readouterr().err
+    args = instruments.parse_args(["report", "--output_dir", str(reported.folder), *sorted(paths)])
+    assert (args.pretrained_model_name_or_path, args.instance_data_dir, args.resolution) == ("x", "x", 32)
 
 
 def test_folder_without_settings_is_named(tmp_path, capsys):
