@@ -1071,7 +1071,8 @@ def markdown_table(record):
 
 ADVICE = {
     "Concept learned": "Was the teacher good (evaluate.py teacher)? Then train longer, or with a higher --learning_rate.",
-    "Other prompts kept": "Take an earlier checkpoint, a lower --learning_rate, or --prior_prompts FILE with prompts of that kind.",
+    "Other prompts kept": "Train with --prior_prompts FILE: the built-in ones (PRIOR_PROMPTS of pipeline_dopsd.py) and prompts of the kind of your images without the concept's word; "
+    "after a short training with more steps, too: half-learned styles drift most.",
     "Few-step ability kept": "Take an earlier checkpoint or a lower --learning_rate.",
 }
 FIGURES = {

@@ -628,6 +628,15 @@ def test_built_in_prompts_are_not_those_of_a_training():
     assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(PRIOR_PROMPTS)
 
 
+def test_advice_on_drift_is_what_was_measured(tmp_path, evaluate, reported, monkeypatch, capsys):
+    """An earlier checkpoint or a lower rate leaves a style half learned, which spreads it."""
+    monkeypatch.setattr(instruments, "DRIFT", -1)
+    evaluate("report", reported.folder)
+    advice = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Other prompts kept: no"))
+    assert "--prior_prompts FILE" in advice and "more steps" in advice
+    assert "earlier checkpoint" not in advice and "lower" not in advice
+
+
 def test_documented_commands_have_real_flags():
     """A stranger pastes them."""
     commands = re.findall(r"evaluate\.py (\w+) (.*)", instruments.__doc__.replace("\\\n", " "))
