@@ -189,14 +189,18 @@ def parser_of(command, parser):
             if action.dest in WAYS:
                 action.nargs, action.default = "+", None
                 action.help = action.help.split(" Default:")[0] + " Several are compared."
+            if action.dest == "quantization":
+                action.help = "Quantise the transformer."
+            if action.dest == "pretrained_model_name_or_path" and command != "teacher":
+                action.help += " Not needed where OUTPUT_DIR holds the settings of the training, with a base that has no absolute path."
             parser._add_action(action)
     add_own_arguments(parser, command)
     return parser
 
 
 def parse_args(input_args=None):
-    main = dopsd.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = main.add_subparsers(dest="command", required=True)
+    main = dopsd.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    commands = main.add_subparsers(dest="command")
     parsers = {
         name: parser_of(name, commands.add_parser(name, help=text, formatter_class=dopsd.HelpFormatter, allow_abbrev=False))
         for name, text in [("teacher", "before training"), ("report", "after training"), ("paper", "the paper's protocol")]
@@ -206,6 +210,8 @@ def parse_args(input_args=None):
     if parser and words[0] != "teacher":
         use_settings(parser, words[1:])
     own = main.parse_args(words)
+    if own.command is None:
+        main.error("give teacher, report or paper")
     # what the training script's functions ask for, and has no flag here
     needed = [
         "--pretrained_model_name_or_path",

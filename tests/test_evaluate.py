@@ -628,6 +628,18 @@ def test_built_in_prompts_are_not_those_of_a_training():
     assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(PRIOR_PROMPTS)
 
 
+def test_help_and_its_absence_say_what_to_give(capsys):
+    """Half a sentence, a word that is no flag, or a flag that is not needed would be all that a stranger reads."""
+    for words in ([], ["--help"], ["report", "--help"]):
+        with pytest.raises(SystemExit):
+            instruments.parse_args(words)
+    printed = capsys.readouterr()
+    assert printed.err == "error: give teacher, report or paper\n"
+    text = " ".join(printed.out.split())
+    assert "and repeats the paper's protocol." in text and "Not needed where OUTPUT_DIR holds the settings" in text
+    assert "checkpointing" not in text
+
+
 def test_advice_on_drift_is_what_was_measured(tmp_path, evaluate, reported, monkeypatch, capsys):
     """An earlier checkpoint or a lower rate leaves a style half learned, which spreads it."""
     monkeypatch.setattr(instruments, "DRIFT", -1)
