@@ -45,6 +45,7 @@ import transformers
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -312,10 +313,28 @@ def check_inputs(args):
     dopsd.check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, parts, args.variant)
     if args.resolution % (multiple := family.size_multiple(vae)):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    if args.command != "teacher":
+        check_lora(family, args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     return family, dopsd.inspect_images(
         dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple), args
     )
+
+
+def check_lora(family, args):
+    """Raises ValueError for a LoRA in OUTPUT_DIR whose shapes are of another base; reads no weights."""
+    file = Path(args.output_dir) / LORA_WEIGHT_NAME
+    if not file.exists():
+        return
+    with dopsd.blamed_on(f"--output_dir {args.output_dir}: its LoRA does not load"), safe_open(file, "pt") as lora:
+        shapes = {name: lora.get_slice(name).get_shape() for name in lora.keys()}
+    layers = dict(dopsd.build_without_weights(family, args).transformer.named_modules())
+    for name, shape in shapes.items():
+        layer, _, side = name.removeprefix("transformer.").partition(".lora_")
+        weight, axis = getattr(layers.get(layer), "weight", None), 1 if side == "A.weight" else 0
+        if weight is None or shape[axis] != weight.shape[axis]:
+            base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+            raise ValueError(f"{base} does not fit {file}, whose {name} is {shape}: give the base of the training.")
 
 
 def concept_pairs(dataset, args):

@@ -383,6 +383,22 @@ def test_mistakes_end_in_one_line_before_weights_load(command, change, words, re
     assert words in str(error.value)
 
 
+@pytest.mark.families()
+def test_lora_of_another_base_is_refused_before_weights_load(train, evaluate, tmp_path, monkeypatch):
+    """All pictures of the base would be drawn first."""
+    trained = train(tmp_path / "trained", max_train_steps=1, resolution=64)
+    monkeypatch.setattr(script, "encode_contexts", lambda *_: pytest.fail("weights load"))
+    weights = load_file(trained / LORA)
+    name = list(weights)[-1]
+    weights[name] = weights[name].new_zeros(weights[name].shape[0] + 1, weights[name].shape[1] + 1)
+    (tmp_path / "out").mkdir()
+    save_file(weights, tmp_path / "out" / LORA)
+    with pytest.raises(script.InputError, match=f"does not fit .* whose {name} is"):
+        evaluate("report", tmp_path / "out", resolution=64)
+    with pytest.raises(pytest.fail.Exception, match="weights load"):
+        evaluate("report", trained, resolution=64)
+
+
 def test_mistake_of_flags_is_one_line(tmp_path):
     """As in the training scripts: no traceback."""
     words = [
