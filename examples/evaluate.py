@@ -9,8 +9,8 @@ paper's protocol.
 
 OUTPUT_DIR is that of the training; contexts are shared with it. `report` and `paper` read the flags of the training
 from there, except absolute paths, which it does not keep. Each picture is a file in OUTPUT_DIR/evaluation and is not
-drawn again with the same models and settings. The encoders of pictures load once the text-to-image model has left
-memory, one after another. torchvision is not needed.
+drawn again with the same models and settings; nor is the judge asked again. The encoders of pictures load once the
+text-to-image model has left memory, one after another. torchvision is not needed.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import contextlib
 import functools
 import hashlib
 import html
-import importlib.util
 import io
 import itertools
 import json
@@ -192,6 +191,8 @@ def parser_of(command, parser):
                 action.help = action.help.split(" Default:")[0] + " Several are compared."
             if action.dest == "quantization":
                 action.help = "Quantise the transformer."
+            if action.dest == "encoder_quantization" and command == "paper":
+                action.help = "Quantise text encoder and judge."
             if action.dest == "pretrained_model_name_or_path" and command != "teacher":
                 action.help += " Not needed where OUTPUT_DIR holds the settings of the training, with a base that has no absolute path."
             parser._add_action(action)
@@ -487,12 +488,11 @@ class Encoder:
     """A vision model, or an image-text model, of transformers, on `device`. To be deleted before the next one
     loads."""
 
-    def __init__(self, flag, name, device, batch_size):
+    def __init__(self, name, device, batch_size):
         self.device, self.batch_size = device, batch_size
-        with dopsd.blamed_on(f"--{flag} {name}"):
-            self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
-            self.processor = image_processor(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(self.model, "get_text_features") else None
+        self.model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        self.processor = image_processor(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(self.model, "get_text_features") else None
 
     @torch.no_grad()
     def images(self, pictures, patches=False):
@@ -539,12 +539,14 @@ class Encoder:
 @contextlib.contextmanager
 def encoder(flag, args, accelerator):
     """Within: the encoder that --`flag` names; afterwards its memory is free."""
-    loaded = Encoder(flag, getattr(args, flag), accelerator.device, args.encoding_batch_size)
-    try:
-        yield loaded
-    finally:
-        del loaded.model
-        free_memory()
+    name = getattr(args, flag)
+    with explained(["a lower --encoding_batch_size"], args.output_dir), dopsd.blamed_on(f"--{flag} {name}"):
+        loaded = Encoder(name, accelerator.device, args.encoding_batch_size)
+        try:
+            yield loaded
+        finally:
+            del loaded.model
+            free_memory()
 
 
 def detail(picture):
@@ -1218,16 +1220,26 @@ def level_of(answer):
     return LEVELS[found[1].upper()]
 
 
+def judge_dtype(args, device):
+    """That of mixed precision; bf16 on a GPU without one, as 8 B weights in fp32 take over 32 GB."""
+    dtype = dopsd.weight_dtype_of(args)
+    return torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+
+
 class Judge:
     """A local Qwen3-VL that compares two pictures."""
 
-    def __init__(self, name, device, dtype):
-        reader = MultimodalEncoder(name)
+    def __init__(self, args, device):
+        reader = MultimodalEncoder(args.judge)
         self.tokenizer = reader.tokenizer
         self.processor = reader.image_processor
         self.size = reader.size
         self.token = reader.config.image_token_id
-        self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype).to(device).eval()
+        quantization = dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers)
+        options = {"quantization_config": quantization and quantization.quant_mapping["text_encoder"]}
+        options["dtype"] = judge_dtype(args, device)
+        kind = transformers.Qwen3VLForConditionalGeneration
+        self.model = kind.from_pretrained(args.judge, **options).to(device).eval()
 
     @torch.no_grad()
     def answer(self, reference, picture):
@@ -1248,10 +1260,34 @@ class Judge:
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def judge_answers(asked, args, device):
+    """The judge's answer to each of the pairs `asked` of a row of the dataset and the file of a picture. Each answer is
+    kept at once in OUTPUT_DIR/evaluation, and what is there is not asked again."""
+    file = Path(args.output_dir) / "evaluation" / "answers.json"
+    with dopsd.blamed_on(f"{file} (without it, all is asked anew)"):
+        known = {**json.loads(file.read_text("utf-8"))} if file.exists() else {}
+    with dopsd.blamed_on(f"--judge {args.judge}"):
+        who = [args.judge, dopsd.sample_files(sorted(Path(args.judge).glob("*.safetensors")))]
+    who += [QUESTION, args.encoder_quantization, str(judge_dtype(args, device))]
+    keys = [dopsd.digest_of([*who, row["image_hash"], picture.name]) for row, picture in asked]
+    missing = {key: pair for key, pair in zip(keys, asked) if key not in known}
+    if missing:
+        blamed = functools.partial(dopsd.blamed_on, f"--judge {args.judge}")
+        savings = [] if args.encoder_quantization else ["--encoder_quantization int8"]
+        with explained([*savings, "a smaller --judge", "--judge none"], args.output_dir):
+            with blamed():
+                judge = Judge(args, device)
+            for key, (row, picture) in tqdm(missing.items(), "Judging"):
+                with blamed():
+                    known[key] = judge.answer(dopsd.training_image(row), Image.open(picture).convert("RGB"))
+                write_json(file, known)
+            del judge
+            free_memory()
+    return [known[key] for key in keys]
+
+
 def perceptual_distance(pairs, device):
-    """LPIPS (VGG) of each of some pairs of PIL pictures, or None without its package."""
-    if not importlib.util.find_spec("lpips"):
-        return None
+    """LPIPS (VGG) of each of some pairs of PIL pictures."""
     import lpips
 
     network = lpips.LPIPS(net="vgg", verbose=False).to(device)
@@ -1290,30 +1326,35 @@ def paper(args, accelerator):
     paraphrases = [picture for picture, (_, k) in zip(pictures, places) if k == 0]
     with encoder("image_encoder", args, accelerator) as look:
         dino = distance(look.images(images, patches=True), look.images(paraphrases, patches=True))
+    figures = {"DINO-D": dino.tolist()}
+    paper_record(figures, 0, args)
     with encoder("image_text_encoder", args, accelerator) as read:
         texts = [prompt.replace(rows[i]["trigger"], rows[i]["class"]) for i, prompt in pairs]
         clip = (read.images(pictures) * read.texts(texts)).sum(axis=1)
-    figures = {"DINO-D": dino.tolist(), "CLIP-S": clip.tolist()}
-    if perceptual := perceptual_distance(list(zip(images, paraphrases)), accelerator.device):
-        figures["LPIPS-D"] = perceptual
-    unclear = 0
+    figures["CLIP-S"] = clip.tolist()
+    try:
+        figures["LPIPS-D"] = perceptual_distance(list(zip(images, paraphrases)), accelerator.device)
+    except Exception as error:  # of any kind: the package may be missing, what it needs, or its weights
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"LPIPS-D is left out ({reason}). It needs lpips (pip install lpips) and the weights of its network.")
+    record = paper_record(figures, 0, args)
     if args.judge != "none":
-        judge, asked = Judge(args.judge, accelerator.device, dopsd.weight_dtype_of(args)), []
-        for picture, (i, k) in tqdm(list(zip(pictures, places)), "Judging"):
-            if k:
-                asked.append(level_of(judge.answer(images[i], picture)))
-        unclear, figures["VLM-J"] = asked.count(None), [level for level in asked if level]
-        del judge
-        free_memory()
+        asked = [(dataset[i], d.file(args)) for d, (i, k) in zip(drawings, places) if k]
+        levels = [level_of(answer) for answer in judge_answers(asked, args, accelerator.device)]
+        figures["VLM-J"] = [level for level in levels if level]
+        record = paper_record(figures, levels.count(None), args)
+    print("\n| " + " | ".join(figures) + " |\n" + "|---" * len(figures) + "|")
+    print("| " + " | ".join("none" if v is None else f"{v:.4f}" for v in record["means"].values()) + " |")
+    if record["unclear_answers"]:
+        print(f"{record['unclear_answers']} answers of the judge are none of its four words; they count in no mean.")
+    return record
+
+
+def paper_record(figures, unclear, args):
+    """Writes paper.json with the figures so far, and returns what it holds."""
     record = {"means": {name: float(np.mean(v)) if v else None for name, v in figures.items()}, "figures": figures, "unclear_answers": unclear,
               "prompts": hashlib.sha256(Path(args.paper_prompts).read_bytes()).hexdigest()}  # fmt: skip
     write_json(Path(args.output_dir) / "paper.json", record)
-    print("\n| " + " | ".join(figures) + " |\n" + "|---" * len(figures) + "|")
-    print("| " + " | ".join("none" if v is None else f"{v:.4f}" for v in record["means"].values()) + " |")
-    if "LPIPS-D" not in figures:
-        print("LPIPS-D is left out: pip install lpips.")
-    if unclear:
-        print(f"{unclear} answers of the judge are none of its four words; they count in no mean.")
     return record
 
 

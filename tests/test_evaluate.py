@@ -418,7 +418,7 @@ def test_mistake_of_flags_is_one_line(tmp_path):
 
 def test_memory_of_an_encoder_is_free_when_the_next_one_loads(encoders):
     """Two encoders and the judge at once do not fit the card that the training needed."""
-    args = SimpleNamespace(image_encoder=str(encoders / "image"), encoding_batch_size=1)
+    args = SimpleNamespace(image_encoder=str(encoders / "image"), encoding_batch_size=1, output_dir="out")
     with instruments.encoder("image_encoder", args, SimpleNamespace(device=torch.device("cpu"))) as look:
         pass
     assert not hasattr(look, "model")
@@ -483,7 +483,7 @@ def test_pictures_are_pooled_by_every_kind_of_encoder(encoders, tmp_path):
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     for name, width in ((tmp_path, 16), (encoders / "image", 32), (encoders / "text", 32)):
-        loaded = instruments.Encoder("image_encoder", str(name), torch.device("cpu"), 1)
+        loaded = instruments.Encoder(str(name), torch.device("cpu"), 1)
         for patches in (False, True):
             if not (patches and loaded.tokenizer):
                 features = loaded.images(pictures, patches)
@@ -639,6 +639,59 @@ def test_paper_counts_what_the_judge_did_not_answer(reported, evaluate, vlm, cap
     assert "answers of the judge are none of its four words" in capsys.readouterr().out
 
 
+def test_judge_that_fails_loses_nothing(reported, evaluate, vlm, tmp_path, monkeypatch, capsys):
+    """Hours of drawing and judging would be lost with a judge that does not fit into memory."""
+    folder = shutil.copytree(reported.folder, tmp_path / "out", ignore=shutil.ignore_patterns("answers.json"))
+    answer, asked = instruments.Judge.answer, []
+
+    def third_fails(self, *pictures):
+        asked.append(pictures)
+        if len(asked) == 3:
+            raise RuntimeError("shapes\ndo not fit")
+        return answer(self, *pictures)
+
+    monkeypatch.setattr(instruments.Judge, "answer", third_fails)
+    with pytest.raises(script.InputError, match=f"--judge {vlm}: RuntimeError: shapes do not fit"):
+        evaluate("paper", folder, judge=vlm)
+    assert list(json.loads((folder / "paper.json").read_text())["figures"]) == ["DINO-D", "CLIP-S"]
+    record = evaluate("paper", folder, judge=vlm)
+    # of five questions, the two that were answered are not asked again
+    assert len(asked) == 3 + 3 and record["unclear_answers"] + len(record["figures"]["VLM-J"]) == 5
+    assert evaluate("paper", folder, judge=vlm) == record and len(asked) == 6
+    assert "LPIPS-D is left out (ModuleNotFoundError" in capsys.readouterr().out or "LPIPS-D" in record["figures"]
+    evaluate("paper", folder, judge=vlm, mixed_precision="bf16")
+    assert len(asked) == 6 + 5
+    (folder / "evaluation" / "answers.json").write_text("[")
+    with pytest.raises(script.InputError, match="answers.json"):
+        evaluate("paper", folder, judge=vlm)
+
+
+def test_encoder_that_fails_ends_in_one_line(reported, evaluate, encoders, monkeypatch):
+    """A traceback after all pictures are drawn, and what was measured lost."""
+    folder, words = reported.folder, f"--image_text_encoder {encoders / 'text'}: RuntimeError: no kernel"
+    (folder / "paper.json").unlink(missing_ok=True)
+    monkeypatch.setattr(instruments.Encoder, "texts", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    with pytest.raises(script.InputError, match=words):
+        evaluate("paper", folder)
+    assert list(json.loads((folder / "paper.json").read_text())["figures"]) == ["DINO-D"]
+    monkeypatch.setattr(
+        instruments.Encoder, "images", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("out"))
+    )
+    with pytest.raises(script.InputError, match="Cheapest remedies: a lower --encoding_batch_size"):
+        evaluate("report", folder)
+
+
+def test_judge_is_held_as_the_flags_say(vlm):
+    """8 B weights in fp32 fit no card, and what is asked to be quantised would not be."""
+    args = SimpleNamespace(judge=str(vlm), mixed_precision="bf16", encoder_quantization="int8")
+    parts = instruments.Judge(args, torch.device("cpu")).model.named_modules()
+    layers = [part for name, part in parts if isinstance(part, torch.nn.Linear) and "language_model" in name]
+    assert layers and not any(type(layer.weight.data) is torch.Tensor for layer in layers)
+    args.mixed_precision, args.encoder_quantization = "no", None
+    assert instruments.judge_dtype(args, torch.device("cuda")) == torch.bfloat16
+    assert instruments.judge_dtype(args, torch.device("cpu")) == torch.float32
+
+
 def test_built_in_prompts_are_not_those_of_a_training():
     """What was practised would be measured."""
     assert len(set(instruments.ORDINARY)) >= 50 and not set(instruments.ORDINARY) & set(PRIOR_PROMPTS)
@@ -680,7 +733,7 @@ def test_documented_commands_have_real_flags():
 def test_miniatures_encoder_sees_what_makes_up_a_concept(name):
     """Its verdicts, and their calibration, would be those of a blind man."""
     concept = CONCEPTS[name]
-    look = instruments.Encoder("image_encoder", str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
+    look = instruments.Encoder(str(MINIATURE / "encoders" / "image"), torch.device("cpu"), 64)
     rng = np.random.default_rng(0)
     any_of = {"shape": world.SHAPES, "colour": list(world.COLOURS), "pattern": world.PATTERNS}
 
