@@ -180,7 +180,8 @@ def score(name, teacher, args):
         way,
     ]
     with shown(name, teacher):
-        return call(["teacher", *flags])["ways"][f"vlm, {way}"]
+        figures = call(["teacher", *flags])["ways"][f"vlm, {way}"]
+    return {key: value for key, value in figures.items() if key != "near_each"}
 
 
 def look(name, method, rate, args):
