@@ -382,6 +382,8 @@ class DOPSDMixin:
     # what is read of the VLM
     vlm_files = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
     distilled_unless_said = True
+    # whether contexts of unequal length in one batch are masked
+    masks_contexts = True
     # to be raised when `encode_student` or `encode_teacher` give others: stored contexts are then encoded anew
     encoding_version = 1
     multimodal_encoder: MultimodalEncoder | None = None
@@ -645,6 +647,7 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     default_num_inference_steps = 4
     distilled_bases = "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-9B"
     distilled_unless_said = False
+    masks_contexts = False
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default
@@ -1000,13 +1003,15 @@ class DOPSDZImageRepository(_FromRepository, DOPSDZImagePipeline):
         num_inference_steps: int = 8,
         base_model: str = None,
         base_revision: str = None,
+        base_variant: str = None,
         lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DiffusionPipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
+        weights = {"revision": base_revision, "variant": base_variant, "dtype": getattr(torch, base_dtype)}
+        base = DiffusionPipeline.from_pretrained(base_model, **weights)
         DOPSDZImagePipeline.__init__(self, **base.components, num_inference_steps=num_inference_steps)
-        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**names, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "base_variant": base_variant}
+        self.register_to_config(**names, base_dtype=base_dtype, lora_revision=lora_revision)
 
 
 class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
@@ -1027,16 +1032,17 @@ class DOPSDFlux2KleinRepository(_FromRepository, DOPSDFlux2KleinPipeline):
         max_sequence_length: int = DOPSDFlux2KleinPipeline.stock_length,
         base_model: str = None,
         base_revision: str = None,
+        base_variant: str = None,
         lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        weights = {"revision": base_revision, "dtype": getattr(torch, base_dtype)}
+        weights = {"revision": base_revision, "variant": base_variant, "dtype": getattr(torch, base_dtype)}
         base = DOPSDFlux2KleinPipeline.from_pretrained(base_model, **weights)
         config = {"is_distilled": base.config.is_distilled, "num_inference_steps": num_inference_steps}
         config |= base.encoding
         DOPSDFlux2KleinPipeline.__init__(self, **base.components, **config)
-        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**names, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "base_variant": base_variant}
+        self.register_to_config(**names, base_dtype=base_dtype, lora_revision=lora_revision)
 
 
 class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
@@ -1057,14 +1063,16 @@ class DOPSDKrea2Repository(_FromRepository, DOPSDKrea2Pipeline):
         num_inference_steps: int = 8,
         base_model: str = None,
         base_revision: str = None,
+        base_variant: str = None,
         lora_revision: str = None,
         base_dtype: str = "bfloat16",
     ):
-        base = DOPSDKrea2Pipeline.from_pretrained(base_model, revision=base_revision, dtype=getattr(torch, base_dtype))
+        weights = {"revision": base_revision, "variant": base_variant, "dtype": getattr(torch, base_dtype)}
+        base = DOPSDKrea2Pipeline.from_pretrained(base_model, **weights)
         config = {name: base.config[name] for name in ("text_encoder_select_layers", "is_distilled", "patch_size")}
         DOPSDKrea2Pipeline.__init__(self, **base.components, **config, num_inference_steps=num_inference_steps)
-        names = {"base_model": base_model, "base_revision": base_revision, "lora_revision": lora_revision}
-        self.register_to_config(**names, base_dtype=base_dtype)
+        names = {"base_model": base_model, "base_revision": base_revision, "base_variant": base_variant}
+        self.register_to_config(**names, base_dtype=base_dtype, lora_revision=lora_revision)
 
 
 # Base pipeline class, as a model_index.json names it -> family
@@ -1098,7 +1106,12 @@ def family_of(model_name_or_path: str, revision: str | None = None) -> type[DOPS
 
 
 def repository_config(
-    pipeline: DOPSDMixin, base_model: str, base_revision: str | None, num_inference_steps: int, base_dtype: str
+    pipeline: DOPSDMixin,
+    num_inference_steps: int,
+    base_model: str,
+    base_revision: str | None,
+    base_variant: str | None,
+    base_dtype: str,
 ) -> dict:
     """model_index.json of a LoRA repository, for way (b)."""
     repository_class = type(pipeline).__name__.replace("Pipeline", "Repository")
@@ -1106,6 +1119,7 @@ def repository_config(
         "_class_name": ["pipeline_dopsd", repository_class],
         "base_model": base_model,
         "base_revision": base_revision,
+        "base_variant": base_variant,
         "base_dtype": base_dtype,
         "num_inference_steps": num_inference_steps,
     }

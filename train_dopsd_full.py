@@ -76,6 +76,7 @@ OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 # those of diffusers with a backward, and without code from the Hub
 ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
 ATTENTION_BACKENDS += ["flash", "flash_varlen", "flex", "xformers"]
+UNMASKED = ["_native_flash", "flash", "flash_varlen", "xformers"]  # that refuse or misread the masks of a batch
 COLUMNS = ["image_column", "caption_column", "reference_column"]
 VALIDATION_FLAGS = ["validation_prompt", "num_validation_images"]
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
@@ -360,7 +361,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, disable_pro
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
@@ -831,7 +832,7 @@ def fingerprint(model, patterns, revision, noted):
     with contextlib.suppress(OSError):  # of a cache that may only be read
         if len(known) > before:
             noted.parent.mkdir(parents=True, exist_ok=True)
-            aside = noted.with_suffix(f".{os.getpid()}.tmp")
+            aside = noted.with_suffix(f".{os.urandom(8).hex()}.tmp")
             aside.write_text(json.dumps(known))
             os.replace(aside, noted)
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -877,7 +878,7 @@ class ContextCache:
         return tuple(contexts[path] for path in paths)
 
     def write(self, path, context):
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside = path.with_suffix(f".{os.urandom(8).hex()}.tmp")  # containers have the same process numbers
         if self.fp8:
             context = context | dict(zip(FP8_NAMES, to_fp8(context["prompt_embeds"])))
         tensors = {name: tensor.cpu().contiguous() for name, tensor in context.items()}
@@ -1610,14 +1611,15 @@ def apply_umask(*paths):
         os.chmod(path, 0o666 & ~UMASK)
 
 
-def save_weights(tensors, folder, dtype=None):
-    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process."""
+def save_weights(tensors, folder, dtype=None, kept=()):
+    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process. In `dtype`,
+    except for tensors in whose names one of the parts in `kept` stands."""
     gathered, main = {}, PartialState().is_main_process
     for name, tensor in tensors.items():
         # the clone leaves out the padding of a tensor that does not divide evenly over the processes
         whole = tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach()
         if main:
-            gathered[name] = whole.to("cpu", dtype).contiguous()
+            gathered[name] = whole.to("cpu", None if {*name.split(".")} & {*kept} else dtype).contiguous()
     if main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(gathered, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
@@ -1726,7 +1728,7 @@ def save_pipeline(transformer, family, args):
     """Writes OUTPUT_DIR in the base's layout: the trained transformer, the base's other parts, the pipeline's code."""
     folder, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
     aside = folder / ".transformer.tmp"
-    save_weights(transformer.state_dict(), aside, weight_dtype_of(args))
+    save_weights(transformer.state_dict(), aside, weight_dtype_of(args), transformer._keep_in_fp32_modules or [])
     if not PartialState().is_main_process:
         return
     # FSDP gives the class of what it shards another name
@@ -1952,18 +1954,19 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
     if args.push_to_hub:
         push(args, step, card, files, f"Model fine-tuned with D-OPSD, step {step}")
     if step == args.max_train_steps:
-        conclude(args, example_code(args, samples, full_loading_code(args.output_dir)), files)
+        conclude(args, example_code(args, samples, full_loading_code(args, args.output_dir)), files)
 
 
-def full_loading_code(name):
+def full_loading_code(args, name):
     """The line of code that loads the pipeline in the folder or repository `name`."""
-    return f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16)"
+    variant = f"variant={json.dumps(args.variant)}, " if args.variant else ""  # of what is the base's
+    return f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, {variant}dtype=torch.bfloat16)"
 
 
 def save_full_card(args, samples, step, name):
     """README.md of the pipeline that users load as `name`."""
     about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
-    save_card(args, samples, step, name, about, full_loading_code(name), [])
+    save_card(args, samples, step, name, about, full_loading_code(args, name), [])
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -2016,6 +2019,17 @@ def check_packages(args, sharded=False):
             raise ValueError(f"--{flag} {kind} needs {packages[kind]}: pip install {packages[kind]}.")
         if kind == "nf4" and flag == "quantization" and not torch.cuda.is_available():
             raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
+
+
+def check_attention(family, args, batch_size):
+    """Raises ValueError for an --attention_backend that does not work on this machine, or in batches."""
+    name = args.attention_backend
+    if name in UNMASKED and family.masks_contexts and batch_size > 1:
+        raise ValueError(f"--attention_backend {name} takes no masks, which this model needs in batches of 2 or more.")
+    if name:
+        with blamed_on(f"--attention_backend {name} with these flags"), attention_backend(name):
+            query = torch.ones(1, 32, 1, 64, device=PartialState().device, dtype=weight_dtype_of(args))
+            dispatch_attention_fn(query.requires_grad_(), query, query).sum().backward()
 
 
 def resolve_arguments(family, args):
@@ -2124,18 +2138,18 @@ def check_inputs(args):
     """
     check_output_dir(args)
     state = find_checkpoint(args)
-    if args.attention_backend:
-        with blamed_on(f"--attention_backend {args.attention_backend}"), attention_backend(args.attention_backend):
-            pass
     if args.push_to_hub:
         with blamed_on("--hub_model_id"):
             validate_repo_id(repository_name(args))
+        if hub.get_token() is None:
+            raise ValueError("--push_to_hub: log in first (hf auth login), or set HF_TOKEN.")
     flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     check_source(flag, base, args.revision)
     with blamed_on(f"--{flag} {base}"):
         family = family_of(base, args.revision)
         multiple = family.size_multiple(family.vae_class.load_config(base, subfolder="vae", revision=args.revision))
     check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
+    check_attention(family, args, args.train_batch_size)
     resolve_arguments(family, args)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
@@ -2207,6 +2221,8 @@ def make_accelerator(args):
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         remedy = "launch with a --config_file of examples/accelerate, or run `accelerate config` anew."
         raise InputError(f"DeepSpeed is not supported: {remedy}")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # it renames the weights
+        raise InputError("accelerate's dynamo_backend is not supported: set it to no, and give --compile_blocks.")
     # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
     # and processes wait for one that reads a large dataset or pushes
     waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
@@ -2218,7 +2234,7 @@ def make_accelerator(args):
     )
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
-        raise InputError(f"--mixed_precision {args.mixed_precision} does not work on this machine: give bf16 or no.")
+        raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
         plugin = accelerator.state.fsdp_plugin  # would round the times of the states; autocast casts what needs it
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
@@ -2407,14 +2423,17 @@ def log_steps(pending, started, bar, args, training):
     table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()
     timing = {"seconds_per_step": (time.perf_counter() - started) / len(pending)}
     timing["peak_memory_gib"] = peak_memory_gib(accelerator.device)
+    fused = getattr(args, "fused_backward_pass", False)
+    if fused:  # no gradient is left to be measured; one that was not finite shows in the weights
+        weights = training.transformer.parameters()
+        check_finite([], float(sum(weight.detach().sum(dtype=torch.float32) for weight in weights)))
     for (step, *_, lr), (*sums_and_counts, grad_norm) in zip(pending, table, strict=True):
         sums, counts = sums_and_counts[: args.rollout_steps], sums_and_counts[args.rollout_steps :]
         # with fp16 the gradient scaler skips a step whose gradient is not finite
         check_finite(sums, grad_norm if accelerator.scaler is None else 0.0)
         loss = sum(sums) / sum(counts)
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
-        # of a fused backward, no gradient is left to be measured
-        norm = {} if getattr(args, "fused_backward_pass", False) else {"grad_norm": grad_norm}
+        norm = {} if fused else {"grad_norm": grad_norm}
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
         # a prior prompt's teacher may well equal the student
         if args.gradient_accumulation_steps > 1 or args.prior_prompts == "none" or step % args.prior_every:
@@ -2623,6 +2642,9 @@ def main(args):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
+    if accelerator.is_main_process:
+        with blamed_on(f"--report_to {args.report_to}"):  # a service may refuse
+            accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
 
     with explain_failures(full_savings(args), args.output_dir):
         pipeline = load_for_training(family, args)
@@ -2644,8 +2666,6 @@ def main(args):
         teacher.resume(first_step)
         report_disk(training, args, first_step)
 
-        if accelerator.is_main_process:
-            accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
         samples = gallery(dataset, args)
         publish = functools.partial(publish_pipeline, pipeline.transformer, family, samples, args, accelerator)
         prior = collections.defaultdict(list)  # as they were encoded

@@ -100,7 +100,7 @@ def adapter_config(file):
         text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     beside = file.parent / "adapter_config.json"
     where = f"{LORA_ADAPTER_METADATA_KEY} in its header" if text else f"{beside.name} beside it"
-    with blamed_on(f"{where} is no JSON object"):
+    with blamed_on(f"--lora {file}: {where} is no JSON object"):
         config = {**json.loads(text or (beside.read_text() if beside.exists() else "{}"))}
     # diffusers puts the component's name before each
     config = {name.removeprefix("transformer."): value for name, value in config.items()}

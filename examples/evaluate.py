@@ -41,7 +41,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from safetensors import safe_open
@@ -298,12 +297,6 @@ def check_inputs(args):
         ValueError: with one sentence that names the flag or file.
     """
     dopsd.check_packages(args)
-    if args.attention_backend:
-        with (
-            dopsd.blamed_on(f"--attention_backend {args.attention_backend}"),
-            attention_backend(args.attention_backend),
-        ):
-            pass
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
     dopsd.check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
@@ -312,6 +305,7 @@ def check_inputs(args):
         vae = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     parts = ["text_encoder", "transformer", "vae"]
     dopsd.check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, parts, args.variant)
+    dopsd.check_attention(family, args, args.drawing_batch_size)
     if args.resolution % (multiple := family.size_multiple(vae)):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     if args.command != "teacher":

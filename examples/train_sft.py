@@ -23,7 +23,6 @@ import train_dopsd_lora as dopsd  # first: it silences what libraries say while 
 import diffusers
 import torch
 import transformers
-from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
 from tqdm.auto import tqdm
 
@@ -135,15 +134,12 @@ def check_inputs(args, accelerator):
     there = [*dopsd.list_checkpoints(folder), *dopsd.results_in(folder), *folder.glob("transformer")]
     if there:
         raise ValueError(f"--output_dir {folder} holds {there[0].name}; choose another folder.")
-    if args.attention_backend:
-        name = args.attention_backend
-        with dopsd.blamed_on(f"--attention_backend {name}"), attention_backend(name):
-            pass
     flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     dopsd.check_source(flag, base, args.revision)
     with dopsd.blamed_on(f"--{flag} {base}"):
         family = family_of(base, args.revision)
     dopsd.check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
+    dopsd.check_attention(family, args, args.train_batch_size)
     planned = dopsd.build_without_weights(family, args)
     multiple = family.size_multiple(planned.vae.config)
     if args.resolution % multiple:

@@ -146,6 +146,17 @@ def test_attention_backends_have_a_backward(pipeline, name):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("changes", "words"), [({"train_batch_size": 2}, "takes no masks"), ({}, "with these flags")])
+def test_attention_that_misreads_masks(refused, changes, words):
+    """xformers adds a mask of true and false to the scores: pictures are taught to look at padding, in silence."""
+    refused("--attention_backend xformers", words, attention_backend="xformers", **changes)
+
+
+def test_attention_that_this_machine_lacks(refused):
+    """Its package is there, but no kernel for the device: the first step would fail, after weights are loaded."""
+    refused("--attention_backend _native_efficient", "with these flags", attention_backend="_native_efficient")
+
+
 def test_no_data_or_two_kinds(refused, images):
     """Which of two data sets would be trained on must not be left to a guess."""
     refused("--instance_data_dir", "--dataset_name", instance_data_dir=None)

@@ -72,7 +72,7 @@ def test_editing_needs_a_model_that_edits(family, flags, tmp_path, changes):
 
 def test_revision_of_the_base_is_that_of_the_training(family, pipeline, flags, tmp_path, monkeypatch):
     """A base that changes on the Hub would be another one below the same LoRA."""
-    config = repository_config(pipeline, "org/base", "v2", STEPS, "bfloat16")
+    config = repository_config(pipeline, STEPS, "org/base", "v2", None, "bfloat16")
     asked = []
     monkeypatch.setattr(
         DiffusionPipeline,
