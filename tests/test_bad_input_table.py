@@ -626,6 +626,8 @@ def test_lora_files(base, tmp_path, capfd, case):
             ["--pretrained_model_name_or_path", str(base), "--lora", str(file), "--output_dir", str(output)]
         )
     line = caught.value.code
-    assert line.startswith(f"error: --lora {file}: ") and "\n" not in line and "Traceback" not in capfd.readouterr().err
+    assert (
+        line.startswith(f"error: --lora {file}: ") and "\n" not in line and "Traceback" not in capfd.readouterr().err
+    )
     assert all(word in line for word in words)
     assert not output.exists()

@@ -71,18 +71,21 @@ def test_editing_needs_a_model_that_edits(family, flags, tmp_path, changes):
 
 
 def test_revision_of_the_base_is_that_of_the_training(family, pipeline, flags, tmp_path, monkeypatch):
-    """A base that changes on the Hub would be another one below the same LoRA."""
-    config = repository_config(pipeline, STEPS, "org/base", "v2", None, "bfloat16")
+    """A base that changes on the Hub would be another one below the same LoRA; one that has only fp16 files would not
+    load."""
+    config = repository_config(pipeline, STEPS, "org/base", "v2", "fp16", "bfloat16")
     asked = []
     monkeypatch.setattr(
         DiffusionPipeline,
         "from_pretrained",
-        lambda *args, **options: asked.append((args[-1], options["revision"])) or pipeline,
+        lambda *args, **options: asked.append((args[-1], options["revision"], options["variant"])) or pipeline,
     )
     getattr(pipeline_dopsd, config.pop("_class_name")[1])(**config)
-    assert asked == [("org/base", "v2")]
-    args = script.parse_args(flags(tmp_path, pretrained_model_name_or_path="org/base", revision="v2"))
-    assert 'from_pretrained("org/base", revision="v2", dtype' in script.lora_loading_code(args, "me/lora")
+    assert asked == [("org/base", "v2", "fp16")]
+    own = {"pretrained_model_name_or_path": "org/base", "revision": "v2", "variant": "fp16"}
+    args = script.parse_args(flags(tmp_path, **own))
+    code = 'from_pretrained("org/base", revision="v2", variant="fp16", dtype'
+    assert code in script.lora_loading_code(args, "me/lora")
 
 
 # ---------------------------------------------------------------------------------------------------------- velocity

@@ -483,6 +483,31 @@ def test_large_transformers_are_sharded(trained, monkeypatch, tmp_path):
     assert all(torch.equal(w, loaded[n]) and torch.equal(w, again[n]) for n, w in tensors.items())
 
 
+def test_weights_that_compute_in_fp32_are_saved_so(tmp_path):
+    """The model that loads would not be the one that validation drew."""
+    tensors = {"layers.0.norm.weight": torch.full((4,), 1.001), "layers.0.to_q.weight": torch.ones(4, 4)}
+    script.save_weights(tensors, tmp_path, torch.bfloat16, ["norm"])
+    saved = load_file(next(tmp_path.glob("*.safetensors")))
+    assert torch.equal(saved["layers.0.norm.weight"], tensors["layers.0.norm.weight"])
+    assert saved["layers.0.to_q.weight"].dtype == torch.bfloat16
+
+
+def test_fused_run_stops_at_broken_weights(train_full, tmp_path, monkeypatch):
+    """A gradient that is not finite behind a finite loss is in the weights before anything can be checked; a checkpoint
+    or the result would be written."""
+
+    def break_one(parameters, optimizer):
+        def update(parameter):
+            parameter.data.fill_(float("nan"))
+
+        next(iter(parameters)).register_post_accumulate_grad_hook(update)
+
+    monkeypatch.setattr(script, "fuse_updates", break_one)
+    with pytest.raises(script.InputError, match="gradient norm nan is not finite"):
+        train_full(tmp_path, "--fused_backward_pass", rollout_steps=1, max_grad_norm=0, max_train_steps=1)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_other_number_of_steps_is_remembered(train_full, tmp_path):
     """A model distilled to another number of steps must not be run with the family's."""
     folder = train_full(tmp_path, num_inference_steps=3, max_train_steps=1)

@@ -380,8 +380,9 @@ def test_failures_of_the_hub_end_in_time(hub, pushed, flags, tmp_path):
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
+def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys, monkeypatch):
     """Said at once and not after the training."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for switches, changes in ((["--hub_push_checkpoints"], {}), (["--push_to_hub"], {"hub_timeout": 0})):
         with pytest.raises(SystemExit):
             script.parse_args(flags(tmp_path, *switches, **changes))
@@ -391,3 +392,5 @@ def test_flags_of_a_push_that_cannot_work(flags, tmp_path, capsys):
         script.main(script.parse_args(flags(tmp_path, "--push_to_hub")))
     with pytest.raises(ValueError, match="^--hub_model_id.*bad name!"):
         script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="bad name!")))
+    with pytest.raises(ValueError, match="^--push_to_hub: log in first"):
+        script.check_inputs(script.parse_args(flags(tmp_path, "--push_to_hub", hub_model_id="me/it")))

@@ -340,10 +340,17 @@ def test_image_that_is_gone_ends_no_run(train_any, tmp_path, monkeypatch, caplog
     assert sheet.width > 3 * 32 and "gone It is white in the validation picture" in caplog.text
 
 
-def test_deepspeed_is_refused(train_any, tmp_path, monkeypatch):
-    """Its error would come after all contexts are encoded."""
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed is not supported"):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend is not supported"),
+    ],
+)
+def test_what_the_launcher_must_not_ask_for(train_any, tmp_path, monkeypatch, name, value, told):
+    """DeepSpeed's error would come after all contexts are encoded; a model saved with dynamo's names loads as noise."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
         train_any(tmp_path)
 
 
