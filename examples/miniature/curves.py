@@ -188,7 +188,7 @@ QUESTIONS = {
         "Variants of one state for a fifth of the passes", [(n, 0.2) for n in VARIANTS if n not in ("m4", "m2", *ADVICE)]
     ),
     "advice": Question(
-        "Pictures, captions, steps, rank and learning rate", [("m1", share) for share in (0.05, 0.1, 0.2, 0.4)] + [(n, 0.2) for n in ("rank4", "rank64", *ADVICE)], rates=(1e-3,), seeds=1
+        "Pictures, captions, steps, rank and learning rate", [("m1", share) for share in (0.05, 0.1, 0.2, 0.4)] + [(n, 0.2) for n in ("rank4", "rank64", *ADVICE)], rates=(1e-3,)
     ),
 }  # fmt: skip
 
