@@ -249,6 +249,8 @@ def check_arguments(parser, args):
         parser.error(f"--use_8bit_adam is AdamW, not --optimizer {args.optimizer}")
     if args.optimizer == "prodigy" and args.learning_rate < 0.1:
         parser.error("--optimizer prodigy multiplies the rate it finds by --learning_rate: give 1")
+    if args.ema_decay == 0 and args.prior_prompts != "none":
+        parser.error("--ema_decay 0 teaches nothing on prior prompts: give --prior_prompts none")
     if args.reference_column == args.image_column:
         parser.error("--reference_column must be another than --image_column")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:

@@ -52,6 +52,11 @@ def test_missing_folder(refused, tmp_path):
     refused("--instance_data_dir", tmp_path / "nowhere", instance_data_dir=tmp_path / "nowhere")
 
 
+def test_a_copy_as_teacher_keeps_no_prior_prompts(refused):
+    """It predicts what the student does: a third of the steps would do nothing, and nothing would be kept."""
+    refused("--ema_decay 0", "--prior_prompts none", ema_decay=0.0, prior_prompts=None)
+
+
 def test_prior_prompts(refused, tmp_path):
     """A mistyped or empty file of prior prompts would train without them; with one batch in one, no image would be
     seen."""
