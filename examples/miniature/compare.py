@@ -211,7 +211,6 @@ METHODS = {
     "pso": Variant("PSO", stand_in=baseline(pso), cost=6, flags=FROZEN, rates=LOW, prior=False),
     "off_policy": Variant("off-policy D-OPSD with prior prompts", stand_in=baseline(off_policy), cost=3.5, rates=HIGH),
     "paper": Variant("D-OPSD, all states, no prior prompts (the paper's)", states=K, rates=HIGH, prior=False),
-    "copy": Variant("D-OPSD without prior prompts, the teacher a copy of the student", flags={"ema_decay": 0.0}, rates=HIGH, prior=False),
     "dopsd": Variant("D-OPSD without prior prompts", rates=HIGH, prior=False),
     "prior": Variant("D-OPSD with prior prompts", rates=HIGH),
 }  # fmt: skip
@@ -220,6 +219,7 @@ CONTROLS = {
     "wrong": Variant("the same, teacher shown wrong pictures", folder=wrong_folder),
     "no_picture": Variant("the same, teacher shown no picture", stand_in=without_picture),
     "other": Variant("the same, teacher shown another picture of the set", flags={"teacher_image": "other"}),
+    "copy": Variant("D-OPSD without prior prompts, the teacher a copy of the student", flags={"ema_decay": 0.0}, prior=False),
 }  # fmt: skip
 REFERENCE = {"teacher_context": "edit", "teacher_prompt_suffix": ""}  # the miniature knows no sentences
 KLEIN = {
