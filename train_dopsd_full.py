@@ -1730,6 +1730,7 @@ def save_pipeline(transformer, family, args):
     """Writes OUTPUT_DIR in the base's layout: the trained transformer, the base's other parts, the pipeline's code."""
     folder, base = Path(args.output_dir), Path(args.pretrained_model_name_or_path)
     aside = folder / ".transformer.tmp"
+    # a class of diffusers names the parts that are in fp32 whatever the dtype
     save_weights(transformer.state_dict(), aside, weight_dtype_of(args), transformer._keep_in_fp32_modules or [])
     if not PartialState().is_main_process:
         return
@@ -2437,7 +2438,7 @@ def log_steps(pending, started, bar, args, training):
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         norm = {} if fused else {"grad_norm": grad_norm}
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
-        # a prior prompt's teacher may well equal the student
+        # a prior prompt's teacher may well equal the student; accumulated steps have images, too
         if args.gradient_accumulation_steps > 1 or args.prior_prompts == "none" or step % args.prior_every:
             training.history.append((loss, grad_norm if norm else math.nan))
     warn_once(training)

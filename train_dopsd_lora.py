@@ -2311,7 +2311,7 @@ def log_steps(pending, started, bar, args, training):
         states = {f"loss/state_{k + 1}": total / count for k, (total, count) in enumerate(zip(sums, counts)) if count}
         norm = {} if fused else {"grad_norm": grad_norm}
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
-        # a prior prompt's teacher may well equal the student
+        # a prior prompt's teacher may well equal the student; accumulated steps have images, too
         if args.gradient_accumulation_steps > 1 or args.prior_prompts == "none" or step % args.prior_every:
             training.history.append((loss, grad_norm if norm else math.nan))
     warn_once(training)
