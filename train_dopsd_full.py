@@ -2039,7 +2039,7 @@ def resolve_arguments(family, args):
     """Fills in what the family has defaults for.
 
     Raises:
-        ValueError: the family has no such teacher, or takes no reference images.
+        ValueError: the family has no such teacher, takes no reference images, or knows no VLM for the base.
     """
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     args.teacher_context = args.teacher_context or family.teacher_contexts[0]
@@ -2053,6 +2053,14 @@ def resolve_arguments(family, args):
         raise ValueError("--reference_column: this model takes no reference images.")
     if args.teacher_prompt_suffix is None:
         args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+    if args.teacher_context == "vlm" and not args.vlm_model_name_or_path:
+        base = {"subfolder": "text_encoder", "revision": args.revision}
+        with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+            config = transformers.AutoConfig.from_pretrained(args.pretrained_model_name_or_path, **base)
+        width = config.get_text_config().hidden_size
+        args.vlm_model_name_or_path = family.vlms.get(width)
+        if not args.vlm_model_name_or_path:
+            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {width}.")
 
 
 def check_references(family, args, dataset):
@@ -2082,10 +2090,6 @@ def check_contexts(family, args, dataset, pairs):
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     edit, suffix = args.teacher_context == "edit", args.teacher_prompt_suffix
     if not edit:
-        width = text_config.get_text_config().hidden_size
-        args.vlm_model_name_or_path = args.vlm_model_name_or_path or family.vlms.get(width)
-        if not args.vlm_model_name_or_path:
-            raise ValueError(f"--vlm_model_name_or_path: name a Qwen3-VL with a hidden size of {width}.")
         check_source("vlm_model_name_or_path", args.vlm_model_name_or_path, file="preprocessor_config.json")
         with blamed_on(f"--vlm_model_name_or_path {args.vlm_model_name_or_path}"):
             encoder = family.make_encoder(args.vlm_model_name_or_path, args.teacher_max_pixels, text_config, tokenizer)
@@ -2129,6 +2133,24 @@ def place_of(dataset, index, caption, args):
     return f"caption {row['captions'].index(caption) + 1} of row {row['row']} ({source})"
 
 
+def check_base(args, batch_size):
+    """The base's family, and the (height, width) that pictures can have with it.
+
+    Raises:
+        ValueError: the base is missing, damaged or of no known family, or does not go with the flags.
+    """
+    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
+    check_source(flag, base, args.revision)
+    with blamed_on(f"--{flag} {base}"):
+        family = family_of(base, args.revision)
+        multiple = family.size_multiple(family.vae_class.load_config(base, subfolder="vae", revision=args.revision))
+    check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
+    check_attention(family, args, batch_size)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    return family, generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
+
+
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load.
 
@@ -2146,17 +2168,8 @@ def check_inputs(args):
             validate_repo_id(repository_name(args))
         if hub.get_token() is None:
             raise ValueError("--push_to_hub: log in first (hf auth login), or set HF_TOKEN.")
-    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    check_source(flag, base, args.revision)
-    with blamed_on(f"--{flag} {base}"):
-        family = family_of(base, args.revision)
-        multiple = family.size_multiple(family.vae_class.load_config(base, subfolder="vae", revision=args.revision))
-    check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
-    check_attention(family, args, args.train_batch_size)
+    family, buckets = check_base(args, args.train_batch_size)
     resolve_arguments(family, args)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
-    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
     dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), images_per_micro_step(args), args.seed, 0)

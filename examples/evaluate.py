@@ -41,13 +41,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
+from diffusers.training_utils import free_memory
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder, family_of
+from pipeline_dopsd import LORA_WEIGHT_NAME, MultimodalEncoder
 
 
 # flags of the training scripts that are honoured here
@@ -299,21 +299,11 @@ def check_inputs(args):
     dopsd.check_packages(args)
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
-    dopsd.check_source("pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.revision)
-    with dopsd.blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        family = family_of(args.pretrained_model_name_or_path, args.revision)
-        vae = family.vae_class.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
-    parts = ["text_encoder", "transformer", "vae"]
-    dopsd.check_weights("pretrained_model_name_or_path", args.pretrained_model_name_or_path, parts, args.variant)
-    dopsd.check_attention(family, args, args.drawing_batch_size)
-    if args.resolution % (multiple := family.size_multiple(vae)):
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
+    family, buckets = dopsd.check_base(args, args.drawing_batch_size)
     if args.command != "teacher":
         check_lora(family, args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
-    return family, dopsd.inspect_images(
-        dopsd.read_dataset(args), generate_aspect_ratio_buckets(args.resolution, divisibility=multiple), args
-    )
+    return family, dopsd.inspect_images(dopsd.read_dataset(args), buckets, args)
 
 
 def check_lora(family, args):

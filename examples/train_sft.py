@@ -23,11 +23,10 @@ import train_dopsd_lora as dopsd  # first: it silences what libraries say while 
 import diffusers
 import torch
 import transformers
-from diffusers.training_utils import free_memory, generate_aspect_ratio_buckets
+from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 import train_dopsd_full as full
-from pipeline_dopsd import family_of
 
 
 # flags of both training scripts, of a LoRA and of all weights that are honoured here
@@ -134,19 +133,10 @@ def check_inputs(args, accelerator):
     there = [*dopsd.list_checkpoints(folder), *dopsd.results_in(folder), *folder.glob("transformer")]
     if there:
         raise ValueError(f"--output_dir {folder} holds {there[0].name}; choose another folder.")
-    flag, base = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    dopsd.check_source(flag, base, args.revision)
-    with dopsd.blamed_on(f"--{flag} {base}"):
-        family = family_of(base, args.revision)
-    dopsd.check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
-    dopsd.check_attention(family, args, args.train_batch_size)
-    planned = dopsd.build_without_weights(family, args)
-    multiple = family.size_multiple(planned.vae.config)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
-    buckets = generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
+    family, buckets = dopsd.check_base(args, args.train_batch_size)
     dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    planned = dopsd.build_without_weights(family, args)
     return lock, family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 
 
