@@ -1788,23 +1788,6 @@ def card_data(args, samples, tags):
     return hub.ModelCardData(base_model=base, instance_prompt=prompt, widget=widget or None, **what, **licence)
 
 
-def training_command(args):
-    """The command that trained this, without flags that have their default."""
-    required = ("pretrained_model_name_or_path", "instance_data_dir", "output_dir")
-    defaults = vars(parse_args([f"--{name}=-" for name in required]))
-    defaults |= {"lora_alpha": args.rank} if "rank" in args else {}
-    words = ["accelerate", "launch", Path(__file__).name]
-    for name, value in public_settings(args).items():
-        values = list(map(str, value if isinstance(value, list) else [value]))
-        if value is True:
-            words.append(f"--{name}")
-        elif len(values) == 1 and values[0].startswith("-"):
-            words.append(f"--{name}={values[0]}")
-        elif value not in (None, defaults[name]):
-            words += [f"--{name}", *values]
-    return shlex.join(words)
-
-
 def repository_name(args):
     """What --hub_model_id names, or the name of OUTPUT_DIR."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1858,6 +1841,9 @@ def save_card(args, samples, step, name, about, loading, tags):
     given = "text and reference images" if args.reference_column else "text alone"
     vlm = args.teacher_context == "vlm"
     way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}" if vlm else "as a reference image"
+    shortened = {name: value for name, value in public_settings(args).items() if str(value).startswith(".../")}
+    again = [word for name, value in shortened.items() for word in (f"--{name}", Path(value).name)]
+    command = ["accelerate", "launch", Path(__file__).name, "--config", SETTINGS_NAME, *again]
     content = f"""---
 {data.to_yaml()}
 ---
@@ -1878,9 +1864,10 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
 The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
+All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). With that file, this trains so again:
 
 ```bash
-{training_command(args)}
+{shlex.join(command)}
 ```
 
 ## Limits
