@@ -1575,21 +1575,6 @@ def resume(training, state):
     return state["step"]
 
 
-def report_disk(training, args, first_step):
-    """Logs how much the checkpoints to come take, and warns if the disk has less."""
-    # student and teacher; the optimiser's states take at most two numbers in fp32 for each trained one
-    trained = sum(p.nbytes for group in training.optimizer.param_groups for p in group["params"])
-    size = sum(t.nbytes for network in training.networks.values() for t in network.values()) + 2 * trained
-    count = math.ceil((args.max_train_steps - first_step) / args.checkpointing_steps)
-    kept = min(count, args.checkpoints_total_limit or count)
-    needed = (kept + (count > kept)) * size  # the oldest is removed once the newest is written
-    flags = "--checkpointing_steps and --checkpoints_total_limit"
-    logger.info(f"Checkpoints: {kept} of at most {size / 2**20:,.0f} MiB each (see {flags}).")
-    with contextlib.suppress(OSError):  # advice ends no run
-        if needed > (free := shutil.disk_usage(args.output_dir).free):
-            logger.warning(f"They need {needed / 2**30:.1f} GiB; {args.output_dir} has {free / 2**30:.1f} GiB left.")
-
-
 # ------------------------------------------------------------------------------------------------------------- output
 def public_settings(args):
     """The run's flags for other people's eyes: of absolute paths, which tell about this machine, the last part alone,
@@ -2538,7 +2523,6 @@ def main(args):
         save = functools.partial(save_lora, pipeline, pipeline.transformer, targets, args)
         training = Training(accelerator, transformer, teacher, optimizer, lr_scheduler, networks, identity, save)
         first_step = resume(training, state)
-        report_disk(training, args, first_step)
 
         publish = functools.partial(publish_lora, pipeline, save, gallery(dataset, args), args, accelerator)
         prior = collections.defaultdict(list)  # as they were encoded
