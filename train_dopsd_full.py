@@ -1879,34 +1879,15 @@ def conclude(args, code, files):
 
 
 def push(args, step, save_card, files, message):
-    """Pushes the `files` (patterns) of OUTPUT_DIR in one commit. During training, a failure is a warning.
-
-    Raises:
-        InputError: the push at the end failed; all is saved, and the message has the command that pushes it later.
-    """
-    name, folder, client = repository_name(args), Path(args.output_dir), hub.get_session()
-    asked = []
-
-    def stop(request):
-        if request.url.path.endswith("/repos/create"):
-            asked.append(time.monotonic())
-            if asked[-1] - asked[0] > args.hub_timeout:
-                raise TimeoutError("the Hub is busy with another change")
-
-    # huggingface_hub waits for ever for some answers, and asks for ever while the Hub is busy
-    # without the hook of the push before
-    hooks = [hook for hook in client.event_hooks["request"] if hook.__name__ != "stop"]
-    limits = {"event_hooks": {"request": [*hooks, stop]}, "follow_redirects": True, "timeout": args.hub_timeout}
-    hub.set_client_factory(lambda: type(client)(**limits))
+    """Pushes the `files` (patterns) of OUTPUT_DIR. During training, a failure is a warning; at the end, an InputError
+    with the command that pushes later what is all saved."""
+    hub.get_session().timeout = args.hub_timeout  # huggingface_hub would wait for ever
     try:
-        repo = hub.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        repo = hub.create_repo(repository_name(args), private=args.hub_private_repo or None, exist_ok=True).repo_id
         if args.hub_private_repo and not hub.model_info(repo).private:
             raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
-        # upload_folder may make several commits
-        paths = [path for file in files for path in sorted(folder.glob(file)) if path.is_file()]
-        additions = [hub.CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
-        hub.create_commit(repo, additions, commit_message=message)
+        hub.upload_folder(repo_id=repo, folder_path=args.output_dir, allow_patterns=files, commit_message=message)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         reason = " ".join(f"{type(error).__name__}: {error}".split())

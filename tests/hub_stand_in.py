@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             repo = groups.get("repo") or (json.loads(content)["name"] if route == "create" else "")
             failure = re.search(rf"{route}-(?:fails-(\d+)|stalls)$", repo)
             if failure and failure[1]:
-                return self.refuse(int(failure[1]), message=BUSY if failure[1] == "409" else "refused")
+                return self.refuse(int(failure[1]))
             if failure:
                 self.close_connection = self.hub.closing.wait(60) or True
                 return
@@ -192,7 +192,6 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, body, {"ETag": f'"{etag(path, body)}"', "X-Repo-Commit": newest["oid"]})
 
 
-BUSY = "Cannot create repo: another conflicting operation is in progress"  # huggingface_hub asks again without a pause
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
     (("POST",), r"/api/repos/create", "create"),
