@@ -1330,7 +1330,6 @@ class Training:
         networks: folder in a checkpoint -> name -> live tensor, of student and teacher.
         identity: see `identity_of`.
         prepare: called with a checkpoint's folder before anything is written there.
-        warned, history: see `warn_once`.
     """
 
     accelerator: Accelerator
@@ -1341,8 +1340,8 @@ class Training:
     networks: dict
     identity: dict
     prepare: Callable
-    warned: set = dataclasses.field(default_factory=set)
-    history: list = dataclasses.field(default_factory=list)
+    losses: list = dataclasses.field(default_factory=list)  # on training images
+    warned: bool = False
 
     def write(self, folder):
         """Writes networks and the states of optimiser and gradient scaler into a checkpoint's folder."""
@@ -2279,27 +2278,12 @@ def log_steps(pending, started, bar, args, training):
         accelerator.log({"loss": loss, **states, **norm, "lr": lr, **timing}, step=step)
         # a prior prompt's teacher may well equal the student; accumulated steps have images, too
         if args.gradient_accumulation_steps > 1 or args.prior_prompts == "none" or step % args.prior_every:
-            training.history.append((loss, grad_norm if norm else math.nan))
-    warn_once(training)
-    bar.set_postfix(loss=np.mean([loss for loss, _ in training.history[-20:]] or [loss]), lr=lr)
-
-
-def warn_once(training):
-    """Says once what losses and gradients show when a run cannot come to anything, with the likely cause."""
-    del training.history[20:-20]
-    losses, norms = zip(*training.history) if training.history else ((), ())
-    alike = "Teacher and student predict the same, so nothing is learned: the teacher does not see the image. "
-    alike += "Look at its column of the first validation picture."
-    still = "All gradients are zero, so the weights stay as they are: see --lora_layers and --mixed_precision."
-    growing = "The loss has grown tenfold since the start: lower --learning_rate, or raise --ema_decay."
-    for text, seen in [
-        (alike, losses and max(losses) < 1e-12),
-        (still, len(norms) >= 10 and max(losses) >= 1e-12 and not any(norms)),
-        (growing, len(losses) >= 40 and np.mean(losses[-20:]) > 10 * np.mean(losses[:20])),
-    ]:
-        if seen and text not in training.warned:
-            training.warned.add(text)
-            logger.warning(text)
+            training.losses = [*training.losses[-19:], loss]
+    bar.set_postfix(loss=np.mean(training.losses or [loss]), lr=lr)
+    if training.losses and max(training.losses) < 1e-12 and not training.warned:
+        told = "Teacher and student predict the same, so nothing is learned: the teacher does not see the image."
+        logger.warning(f"{told} Look at its column of the first validation picture.")
+        training.warned = True
 
 
 # ------------------------------------------------------------------------------------------------- stops and failures

@@ -284,13 +284,12 @@ def test_resume_is_exact_in_every_mode(train_full, uncompiled, tmp_path, mode):
     assert not all(torch.equal(w, before[n].to(w.dtype)) for n, w in ours.items())
 
 
-def test_fused_run_does_not_complain_of_missing_gradients(train_full, tmp_path, caplog, monkeypatch):
-    """They are freed in the backward: a norm of zero, and a warning that nothing is learned, would end good runs."""
+def test_fused_run_logs_no_norm(train_full, tmp_path, monkeypatch):
+    """Gradients are freed in the backward: a norm of zero would say that nothing is learned, and end good runs."""
     logs = []
     monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: logs.append(values))
-    train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0, max_train_steps=11)
-    assert len(logs) == 11 and not any("grad_norm" in values for values in logs)
-    assert "gradients are zero" not in caplog.text
+    train_full(tmp_path, "--fused_backward_pass", max_grad_norm=0)
+    assert len(logs) == 2 and not any("grad_norm" in values for values in logs)
 
 
 def test_stochastic_rounding_keeps_small_updates():

@@ -449,39 +449,22 @@ def test_non_finite_gradient_does_not_reach_a_checkpoint(train_any, tmp_path, mo
     assert all(torch.isfinite(t.float()).all() for t in tensors_of(newest).values())
 
 
-def blind(self, velocity, out, step):
+def blind(out):
     return out - out.detach() + 1.0
 
 
-def deaf(self, velocity, out, step):
-    return out * 0 + torch.randn(out.shape)
-
-
-def growing(self, velocity, out, step):
-    return out * 1.1**step
-
-
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [(blind, "predict the same"), (deaf, "gradients are zero"), (growing, "grown tenfold"), (None, None)],
-)
-def test_runs_that_come_to_nothing_say_so_once(train, tmp_path, monkeypatch, caplog, broken, words):
+@pytest.mark.parametrize("broken", [blind, None])
+def test_run_that_comes_to_nothing_says_so_once(train, tmp_path, monkeypatch, caplog, broken):
     """An evening of training that cannot learn anything must not look like one that does."""
-    calls, velocity = [], DOPSDZImagePipeline.velocity
-
-    def patched(self, *args):
-        calls.append(1)
-        return broken(self, velocity, velocity(self, *args), len(calls) // 2)
-
+    velocity = DOPSDZImagePipeline.velocity
     if broken:
-        patch_velocity(monkeypatch, DOPSDZImagePipeline, patched)
+        patch_velocity(monkeypatch, DOPSDZImagePipeline, lambda self, *args: broken(velocity(self, *args)))
     monkeypatch.setattr(train.module, "LOGGING_SECONDS", 0)
     (tmp_path / "prior.txt").write_text("a red car")
     with caplog.at_level("WARNING"):
-        train(tmp_path / "out", max_train_steps=63, rollout_steps=1, learning_rate=1e-6, max_grad_norm=0, checkpointing_steps=1000,
+        train(tmp_path / "out", max_train_steps=30, rollout_steps=1, learning_rate=1e-6, checkpointing_steps=1000,
               prior_prompts=tmp_path / "prior.txt", context_cache_dir=tmp_path / "cache")  # fmt: skip
-    signs = ["predict the same", "gradients are zero", "grown tenfold"]
-    assert [caplog.text.count(sign) for sign in signs] == [int(sign == words) for sign in signs]
+    assert caplog.text.count("predict the same") == int(broken is blind)
 
 
 def test_seed_makes_a_run_repeatable(train_any, tmp_path):
