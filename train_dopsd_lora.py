@@ -1235,14 +1235,8 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
 
 # ------------------------------------------------------------------------------------------------------ output folder
 def open_output_dir(args):
-    """Makes OUTPUT_DIR and takes its lock: one run per folder. The system frees it however the process ends.
-
-    Returns:
-        The lock, which is to be kept.
-
-    Raises:
-        ValueError: the folder is not writable, belongs to the data or the models, or another run has it.
-    """
+    """Makes OUTPUT_DIR and returns its lock, to be kept: one run per folder. The system frees it however the process
+    ends. Raises ValueError for a folder that is not writable, is of the data or models, or has a run in it."""
     folder = Path(args.output_dir)
     for flag in ("instance_data_dir", "dataset_name", "pretrained_model_name_or_path", "vlm_model_name_or_path"):
         other, ours = Path(getattr(args, flag) or os.devnull).resolve(), folder.resolve()
@@ -1264,35 +1258,30 @@ def open_output_dir(args):
 
 
 def check_output_dir(args):
-    """Refuses an OUTPUT_DIR where something would be lost or mixed up.
-
-    Raises:
-        ValueError: with one sentence that says what is there and which ways out there are.
-    """
-    folder = Path(args.output_dir)
+    """Raises ValueError where something would be lost or mixed up; it says what is there and which ways out there
+    are."""
+    folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = list_checkpoints(folder)
-    latest, asked = args.resume_from_checkpoint == "latest", Path(args.resume_from_checkpoint or "").resolve()
-    if latest and checkpoints:
+    if asked == "latest" and checkpoints:
         return
-    if args.resume_from_checkpoint and not latest and asked.parent == folder.resolve():
-        if asked.name in [path.name for path in checkpoints[:-1]]:
+    if asked not in (None, "latest") and (start := Path(asked).resolve()).parent == folder.resolve():
+        if start.name in [path.name for path in checkpoints[:-1]]:
             later = f"the steps from there on would be mixed with {checkpoints[-1].name}, which is later"
             remedy = "give another --output_dir, or move the later checkpoints away."
-            raise ValueError(f"--resume_from_checkpoint {asked}: {later}; {remedy}")
+            raise ValueError(f"--resume_from_checkpoint {start}: {later}; {remedy}")
         return
-    own = [path for path in checkpoints if (path / STATE_NAME).exists()]
-    foreign = [path.name for path in checkpoints if path not in own]
+    own = [path.name for path in checkpoints if (path / STATE_NAME).exists()]
+    foreign = [path.name for path in checkpoints if path.name not in own]
     results = [path.name for path in results_in(folder)]
     if not own and SETTINGS_NAME not in results:  # of another program, or somebody's project
         ours = (folder / "validation").is_dir()  # of a run that ended before its first checkpoint
         others = ["transformer"] if ours else ["transformer", "samples"]
         foreign += results + [name for name in others if (folder / name).exists()]
     if foreign:
-        raise ValueError(
-            f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote; choose another folder."
-        )
+        told = f"--output_dir {folder} holds {foreign[0]}, which no run of this script wrote"
+        raise ValueError(f"{told}; choose another folder.")
     if (own or results) and not args.overwrite_output_dir:
-        told = f"--output_dir {folder} holds a run ({[*(path.name for path in own), *results][0]})"
+        told = f"--output_dir {folder} holds a run ({[*own, *results][0]})"
         ways = "Go on with it (--resume_from_checkpoint latest), choose another folder"
         raise ValueError(f"{told}. {ways}, or remove what it wrote (--overwrite_output_dir).")
 
@@ -1324,22 +1313,16 @@ def clear_output_dir(args):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 @dataclasses.dataclass
 class Training:
-    """What the steps of a run change, and what its checkpoints hold.
-
-    Args:
-        networks: folder in a checkpoint -> name -> live tensor, of student and teacher.
-        identity: see `identity_of`.
-        prepare: called with a checkpoint's folder before anything is written there.
-    """
+    """What the steps of a run change, and what its checkpoints hold."""
 
     accelerator: Accelerator
     transformer: torch.nn.Module
     teacher: object
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    networks: dict
-    identity: dict
-    prepare: Callable
+    networks: dict  # folder in a checkpoint -> name -> live tensor, of student and teacher
+    identity: dict  # see `identity_of`
+    prepare: Callable  # called with a checkpoint's folder before anything is written there
     losses: list = dataclasses.field(default_factory=list)  # on training images
     warned: bool = False
 
@@ -1371,13 +1354,8 @@ class Training:
 
 def list_checkpoints(output_dir):
     """Folders that are named as complete checkpoints, oldest first."""
-    paths = Path(output_dir).glob("checkpoint-*")
-    return sorted((p for p in paths if p.name.split("-", 1)[1].isdecimal() and p.is_dir()), key=step_of)
-
-
-def step_of(checkpoint):
-    """The step that the name of a checkpoint says."""
-    return int(checkpoint.name.split("-")[1])
+    steps = {path: path.name.split("-", 1)[1] for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def checksum(path):
@@ -1399,11 +1377,7 @@ def digest_of(value):
 
 
 def read_state(checkpoint):
-    """What `save_checkpoint` noted of a checkpoint, after a look at every byte of it.
-
-    Raises:
-        ValueError: something is missing or damaged.
-    """
+    """What `save_checkpoint` noted of a checkpoint. Raises ValueError where a byte of it is missing or damaged."""
     name = STATE_NAME
     try:
         state = json.loads((checkpoint / name).read_text("utf-8"))
@@ -1418,18 +1392,16 @@ def read_state(checkpoint):
 
 
 def find_checkpoint(args):
-    """What `read_state` gives of the checkpoint to resume from, or None. `latest` is the newest that is whole.
-
-    Raises:
-        ValueError: it is missing or damaged, or of the other script.
-    """
-    latest = args.resume_from_checkpoint == "latest"
-    paths = list_checkpoints(args.output_dir)[::-1] if latest else [Path(args.resume_from_checkpoint or "")]
-    if not paths and latest:
-        logger.info(f"{args.output_dir} holds no checkpoint: the run starts at step 0.")
-    if not paths or not args.resume_from_checkpoint:
+    """What `read_state` gives of the checkpoint to resume from, or None. `latest` is the newest that is whole. Raises
+    ValueError where there is none, or it is of the other script."""
+    asked = args.resume_from_checkpoint
+    if not asked:
         return None
-    for path in paths:
+    checkpoints = list_checkpoints(args.output_dir)[::-1] if asked == "latest" else [Path(asked)]
+    if not checkpoints:
+        logger.info(f"{args.output_dir} holds no checkpoint: the run starts at step 0.")
+        return None
+    for path in checkpoints:
         try:
             state = read_state(path)
         except ValueError as error:
@@ -1439,7 +1411,7 @@ def find_checkpoint(args):
         if state["script"] != Path(__file__).name:
             raise ValueError(f"--resume_from_checkpoint {path} is of {state['script']}; go on with that script.")
         return state
-    raise ValueError(f"{damage}; no checkpoint is whole." if latest else damage)
+    raise ValueError(f"{damage}; no checkpoint is whole." if asked == "latest" else damage)
 
 
 def identity_of(args, dataset, cache):
@@ -1557,7 +1529,8 @@ def save_checkpoint(training, args, step):
         if final.exists():  # a damaged one, which was passed over
             shutil.rmtree(final)
         aside.rename(final)
-        whole = [path for path in list_checkpoints(folder) if step_of(path) <= step]
+        checkpoints = list_checkpoints(folder)
+        whole = checkpoints[: checkpoints.index(final) + 1]  # later ones are damaged
         for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1697,13 +1670,8 @@ image.save("image.png")"""
 
 
 def save_card(args, samples, step, name, about, loading, tags):
-    """Writes README.md.
-
-    Args:
-        samples: file name -> prompt of the gallery.
-        about: what this is, the beginning of a sentence.
-        loading: lines of code that make `pipe`.
-    """
+    """Writes README.md. `samples`: file name -> prompt; `about`: what this is, the beginning of a sentence; `loading`:
+    lines of code that make `pipe`."""
     data = card_data(args, samples, tags)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
@@ -2166,11 +2134,7 @@ def build_without_weights(family, args):
 
 
 def find_lora_targets(pipeline, args):
-    """Names of the layers that --lora_layers asks for.
-
-    Raises:
-        ValueError: a name matches no layer.
-    """
+    """Names of the layers that --lora_layers asks for. Raises ValueError for a name that matches none."""
     return pipeline.lora_targets(pipeline.transformer, args.lora_layers.split(",") if args.lora_layers else None)
 
 
