@@ -1669,9 +1669,9 @@ image = pipe({image}prompt={prompt}, height={args.resolution}, width={args.resol
 image.save("image.png")"""
 
 
-def save_card(args, samples, step, name, about, loading, tags):
-    """Writes README.md. `samples`: file name -> prompt; `about`: what this is, the beginning of a sentence; `loading`:
-    lines of code that make `pipe`."""
+def save_card(args, samples, step, describe, name):
+    """Writes README.md for users who load the result as `name`. `samples`: file name -> prompt of the gallery."""
+    about, loading, tags = describe(args, name)
     data = card_data(args, samples, tags)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
@@ -1716,21 +1716,7 @@ and without guidance.
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
-def push_command(args, files):
-    """The command that pushes the `files` (patterns) of OUTPUT_DIR later."""
-    flags = [*(["--private"] if args.hub_private_repo else []), *(f"--include={file}" for file in files)]
-    return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *flags])
-
-
-def conclude(args, code, files):
-    """The last lines of a run: where the result is, code that draws with it, the command that pushes its `files`."""
-    pictures = f", pictures in {args.output_dir}/validation" if args.validation_steps else ""
-    logger.info(f"The result is in {args.output_dir}{pictures}. To draw with it:\n\n{code}\n")
-    if files and not args.push_to_hub:
-        logger.info(f"To publish it: {push_command(args, files)}")
-
-
-def push(args, step, save_card, files, message):
+def push(args, step, save_card, files):
     """Pushes the `files` (patterns) of OUTPUT_DIR. During training, a failure is a warning; at the end, an InputError
     with the command that pushes later what is all saved."""
     hub.get_session().timeout = args.hub_timeout  # huggingface_hub would wait for ever
@@ -1739,45 +1725,49 @@ def push(args, step, save_card, files, message):
         if args.hub_private_repo and not hub.model_info(repo).private:
             raise ValueError(f"{repo} is public: make it private or choose another --hub_model_id first")
         save_card(repo)  # now that the user's name in front is known
-        hub.upload_folder(repo_id=repo, folder_path=args.output_dir, allow_patterns=files, commit_message=message)
+        options = {"allow_patterns": files, "commit_message": f"Trained with D-OPSD, step {step}"}
+        hub.upload_folder(repo_id=repo, folder_path=args.output_dir, **options)
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        flags = [*(["--private"] if args.hub_private_repo else []), *(f"--include={file}" for file in files)]
+        command = shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *flags])
         failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason})."
-        failure += f" Log in and push it with: {push_command(args, files)}"
+        failure += f" Log in and push it with: {command}"
         if step == args.max_train_steps:
             raise InputError(failure) from error
         logger.warning(failure)
 
 
+def publish_result(args, samples, step, describe, files):
+    """Writes the card of what is in OUTPUT_DIR, pushes its `files` (patterns) if that is asked for, and says at the end
+    where it is and how to draw with it."""
+    save = functools.partial(save_card, args, samples, step, describe)
+    save(repository_name(args))
+    if args.push_to_hub:
+        push(args, step, save, files)
+    if step == args.max_train_steps:
+        pictures = f", pictures in {args.output_dir}/validation" if args.validation_steps else ""
+        code = example_code(args, samples, describe(args, args.output_dir)[1])
+        logger.info(f"The result is in {args.output_dir}{pictures}. To draw with it:\n\n{code}\n")
+
+
 def publish_lora(pipeline, save, samples, args, accelerator, step):
     """Saves the LoRA with what belongs to its repository, and pushes it if that is asked for."""
-    if not accelerator.is_main_process:
-        return
-    save(args.output_dir)
-    save_repository_files(pipeline, args)
-    card = functools.partial(save_lora_card, args, samples, step)
-    files = [LORA_WEIGHT_NAME, *REPOSITORY_FILES, *samples]
-    card(repository_name(args))
-    if args.push_to_hub:
-        push(args, step, card, files, f"LoRA trained with D-OPSD, step {step}")
-    if step == args.max_train_steps:  # others do not have a folder that is the base
-        code = example_code(args, samples, lora_loading_code(args, args.output_dir))
-        conclude(args, code, [] if Path(args.pretrained_model_name_or_path).is_dir() else files)
+    if accelerator.is_main_process:
+        save(args.output_dir)
+        save_repository_files(pipeline, args)
+        publish_result(args, samples, step, describe_lora, [LORA_WEIGHT_NAME, *REPOSITORY_FILES, *samples])
 
 
-def lora_loading_code(args, name):
-    """Lines of code that load the LoRA in the folder or repository `name`."""
+def describe_lora(args, name):
+    """What the LoRA in the folder or repository `name` is, lines of code that load it, and tags for its card."""
+    about = f"LoRA of rank {args.rank} for {public_settings(args)['pretrained_model_name_or_path']}"
     given = {"revision": args.revision, "variant": args.variant}
     given = "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value)
     base = f"{json.dumps(args.pretrained_model_name_or_path)}{given}, dtype=torch.bfloat16"
-    return f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({json.dumps(name)})"
-
-
-def save_lora_card(args, samples, step, name):
-    """README.md of the LoRA that users load as `name`."""
-    about = f"LoRA of rank {args.rank} for {public_settings(args)['pretrained_model_name_or_path']}"
-    save_card(args, samples, step, name, about, lora_loading_code(args, name), ["lora", "template:sd-lora"])
+    loading = f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({json.dumps(name)})"
+    return about, loading, ["lora", "template:sd-lora"]
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -291,7 +291,11 @@ def test_card_shows_the_report_of_these_weights_alone(reported, flags, tmp_path)
     )
     args = script.parse_args(flags(folder, max_train_steps=2))
     args.num_inference_steps, args.teacher_context = 2, "vlm"
-    card = lambda: (script.save_lora_card(args, {}, 2, "name"), ModelCard.load(folder / "README.md").text)[1]  # noqa: E731
+
+    def card():
+        script.save_card(args, {}, 2, script.describe_lora, "name")
+        return ModelCard.load(folder / "README.md").text
+
     file, text = folder / "report.json", json.dumps(reported.record)
     file.write_text(text)
     assert "| Other prompts kept |" in card() and "not measured" not in card()

@@ -85,7 +85,7 @@ def test_revision_of_the_base_is_that_of_the_training(family, pipeline, flags, t
     own = {"pretrained_model_name_or_path": "org/base", "revision": "v2", "variant": "fp16"}
     args = script.parse_args(flags(tmp_path, **own))
     code = 'from_pretrained("org/base", revision="v2", variant="fp16", dtype'
-    assert code in script.lora_loading_code(args, "me/lora")
+    assert code in script.describe_lora(args, "me/lora")[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- velocity

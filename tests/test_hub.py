@@ -79,7 +79,7 @@ def test_repository_holds_the_result_alone(hub, pushed):
     assert set(pushed.files) == LORA_FILES | PICTURES
     assert all((pushed.out / name).read_bytes() == content for name, content in pushed.files.items())
     # one commit each
-    assert hub.messages("me/my-lora") == [f"LoRA trained with D-OPSD, step {step}" for step in (4, 8)]
+    assert hub.messages("me/my-lora") == [f"Trained with D-OPSD, step {step}" for step in (4, 8)]
     assert hub.repos["me/my-lora"]["private"]
     assert {"checkpoint-8", "logs", "validation"} <= {p.name for p in pushed.out.iterdir()}
 
@@ -334,7 +334,7 @@ def push(name, *switches, step=None):
     args = script.parse_args([*flags, "--push_to_hub", "--hub_timeout", "2", "--hub_model_id", name, *switches])
     started = time.monotonic()
     try:
-        script.push(args, step or args.max_train_steps, lambda name: None, ["README.md", "*.safetensors"], "message")
+        script.push(args, step or args.max_train_steps, lambda name: None, ["README.md", "*.safetensors"])
         return "pushed", 0
     except script.InputError as error:
         return str(error), time.monotonic() - started
