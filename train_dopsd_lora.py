@@ -1635,24 +1635,6 @@ def repository_name(args):
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def result_weights(args):
-    """Checksum over samples of the weights in OUTPUT_DIR."""
-    folder = Path(args.output_dir)
-    paths = [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))]
-    return sample_files(path for path in paths if path.exists())
-
-
-def measured(args):
-    """The table in OUTPUT_DIR/report.json of examples/evaluate.py, if it is of these very weights, or a sentence."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads((Path(args.output_dir) / "report.json").read_text("utf-8"))
-        columns = ("question", "answer", "figure", "limit")
-        rows = [f"| {' | '.join(str(row[name]) for name in columns)} |" for row in report["table"]]
-        if report["weights"] == result_weights(args):
-            return "\n".join(["", "| | | measured, with 95 % interval | limit |", "|---|---|---|---|", *rows])
-    return "How well it still draws what the base can draw was not measured by the training script."
-
-
 def example_code(args, samples, loading):
     """Code that draws one picture. `loading`: lines that make `pipe`."""
     prompt = json.dumps(args.instance_prompt or next(iter(samples.values()), "your prompt"), ensure_ascii=False)
@@ -1674,10 +1656,8 @@ def save_card(args, samples, step, describe, name):
     about, loading, tags = describe(args, name)
     data = card_data(args, samples, tags)
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
-    shown = {"target": "the training image", "other": "another image of the set"}[args.teacher_image]
     given = "text and reference images" if args.reference_column else "text alone"
-    vlm = args.teacher_context == "vlm"
-    way = f"in its prompt, through the VLM {Path(args.vlm_model_name_or_path).name}" if vlm else "as a reference image"
+    way = {"vlm": "in its prompt", "edit": "as a reference"}[args.teacher_context]
     shortened = {name: value for name, value in public_settings(args).items() if str(value).startswith(".../")}
     again = [word for name, value in shortened.items() for word in (f"--{name}", Path(value).name)]
     command = ["accelerate", "launch", Path(__file__).name, "--config", SETTINGS_NAME, *again]
@@ -1700,7 +1680,7 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
-The teacher, an average of the student with decay {args.ema_decay}, saw {shown} {way}.
+The teacher, an average of the student with decay {args.ema_decay}, saw a training image {way}.
 All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). With that file, this trains so again:
 
 ```bash
@@ -1711,7 +1691,10 @@ All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). With that file, this trains
 
 It draws what its teacher could draw when it saw the training images, at the steps above, from {given}
 and without guidance.
-{measured(args)}
+
+## Measured
+
+How well it still draws what the base can draw was not measured by the training script.
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 

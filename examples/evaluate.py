@@ -1021,8 +1021,16 @@ def report_verdict(figures):
     return table
 
 
+def result_weights(args):
+    """Checksum over samples of the weights in OUTPUT_DIR."""
+    folder = Path(args.output_dir)
+    paths = [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))]
+    return dopsd.sample_files(path for path in paths if path.exists())
+
+
 def report(args, accelerator):
-    """Draws base and tuned model with the same noises, measures them, and writes report.json and report.html."""
+    """Draws base and tuned model with the same noises, measures them, and writes report.json, report.html and the
+    table of the model card."""
     try:
         family, dataset = check_inputs(args)
         captions, new = concept_pairs(dataset, args)
@@ -1032,7 +1040,7 @@ def report(args, accelerator):
     pairs = [*captions, *new, *((None, prompt) for prompt in ordinary)]
     needed = [pair if args.reference_column else (None, pair[1]) for pair in pairs]
     paths = prompt_contexts(family, args, dataset, needed, accelerator)
-    base, result = dopsd.sample_weights(args), dopsd.result_weights(args)
+    base, result = dopsd.sample_weights(args), result_weights(args)
     drawings, concept = {}, len(captions) + len(new)
     for who, weights in (("base", base), ("tuned", base + result)):
         for part, numbers in (("concept", range(concept)), ("ordinary", range(concept, len(pairs)))):
@@ -1059,6 +1067,10 @@ def report(args, accelerator):
     folder = Path(args.output_dir)
     (folder / "report.html").write_text(report_page(record, files, prompts, images, args), "utf-8")
     write_json(folder / "report.json", record)
+    card = folder / "README.md"
+    before, heading, _ = card.read_text("utf-8").partition("## Measured\n\n") if card.exists() else ("", "", "")
+    if heading:
+        card.write_text(f"{before}{heading}{markdown_table(record)}\n", "utf-8")
     print(f"\n{markdown_table(record)}\n")
     for row in record["table"]:
         if row["answer"].startswith("no"):
@@ -1297,7 +1309,7 @@ def paper(args, accelerator):
     paths = prompt_contexts(
         family, args, dataset, [p if args.reference_column else (None, p[1]) for p in pairs], accelerator
     )
-    weights = dopsd.sample_weights(args) + dopsd.result_weights(args)
+    weights = dopsd.sample_weights(args) + result_weights(args)
     drawings = [
         Drawing(
             path, "student", tuple(dataset[i]["bucket"]), args.seed + 100 * i + k, args.num_inference_steps, weights
