@@ -1297,8 +1297,7 @@ def open_output_dir(args):
 
 
 def check_output_dir(args):
-    """Raises ValueError where something would be lost or mixed up; it says what is there and which ways out there
-    are."""
+    """Raises ValueError, with the ways out, for an OUTPUT_DIR where something would be lost or mixed up."""
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = list_checkpoints(folder)
     if asked == "latest" and checkpoints:
@@ -1438,8 +1437,7 @@ class ShardedTraining(Training):
 
 @contextlib.contextmanager
 def first_failure():
-    """Within: an error of torch's distributed checkpoints, which is no Exception, becomes that of one of the
-    processes."""
+    """Within: an error of torch's distributed checkpoints, which is no Exception, becomes that of a process."""
     try:
         yield
     except distributed_checkpoint.CheckpointException as error:
@@ -1521,10 +1519,9 @@ def find_checkpoint(args):
 
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
-    shards = 1
-    # FSDP's 8-bit states stay in files of their processes
-    if AcceleratorState().distributed_type == DistributedType.FSDP:
-        shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
+    state, shards = AcceleratorState(), 1
+    if state.distributed_type == DistributedType.FSDP:  # its 8-bit states stay in files of their processes
+        shards = state.num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
     prompts, edits = read_prior_prompts(args)
     return {
         "images": digest_of(dataset["image_hash"][:]),
@@ -1856,8 +1853,7 @@ def publish_pipeline(transformer, family, samples, args, accelerator, step):
 
 
 def describe_pipeline(args, name):
-    """What the pipeline in the folder or repository `name` is, the line of code that loads it, and tags for its
-    card."""
+    """What the pipeline in the folder or repository `name` is, code that loads it, and tags for its card."""
     about = f"All weights of {public_settings(args)['pretrained_model_name_or_path']}"
     variant = f"variant={json.dumps(args.variant)}, " if args.variant else ""  # of what is the base's
     return about, f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, {variant}dtype=torch.bfloat16)", []
@@ -2142,9 +2138,6 @@ def make_accelerator(args):
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
         raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
-        plugin = accelerator.state.fsdp_plugin  # would round the times of the states; autocast casts what needs it
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
@@ -2233,8 +2226,7 @@ def save_memory_and_time(transformer, args):
 
 
 def build_without_weights(family, args):
-    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes
-    alone."""
+    """The pipeline with transformer and VAE of the configs on the meta device, where tensors have shapes alone."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     parts = {"transformer": family.transformer_class, "vae": family.vae_class}
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"), torch.device("meta"):
@@ -2405,8 +2397,7 @@ STOP = Stop()
 
 
 def full_savings(args):
-    """Flags that need less memory than `args` and go with the rest, those first that cost the least time and
-    quality."""
+    """Flags that need less memory than `args` and go with the rest, those first that cost the least."""
     # of the launcher: memory.py has no accelerator
     sharded, several = os.environ.get("ACCELERATE_USE_FSDP") == "true", int(os.environ.get("WORLD_SIZE", 1)) > 1
     unrounded = sharded or args.optimizer != "adamw" or args.mixed_precision != "bf16"
@@ -2523,6 +2514,10 @@ def train(pipeline, training, dataset, prior, cache, first_step, publish, args):
 def main(args):
     try:
         accelerator = make_accelerator(args)
+        if accelerator.is_fsdp2 and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy):
+            # else the times of the states were rounded; autocast casts what needs it
+            policy = dataclasses.replace(policy, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         with accelerator.main_process_first():
             lock = open_output_dir(args) if accelerator.is_main_process else None
             check_full_inputs(args, accelerator)

@@ -1258,8 +1258,7 @@ def open_output_dir(args):
 
 
 def check_output_dir(args):
-    """Raises ValueError where something would be lost or mixed up; it says what is there and which ways out there
-    are."""
+    """Raises ValueError, with the ways out, for an OUTPUT_DIR where something would be lost or mixed up."""
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = list_checkpoints(folder)
     if asked == "latest" and checkpoints:
@@ -1416,10 +1415,9 @@ def find_checkpoint(args):
 
 def identity_of(args, dataset, cache):
     """What the weights of a run depend on, besides its flags: name -> checksum or number."""
-    shards = 1
-    # FSDP's 8-bit states stay in files of their processes
-    if AcceleratorState().distributed_type == DistributedType.FSDP:
-        shards = PartialState().num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
+    state, shards = AcceleratorState(), 1
+    if state.distributed_type == DistributedType.FSDP:  # its 8-bit states stay in files of their processes
+        shards = state.num_processes if args.optimizer == "adamw8bit" else "of any number of processes"
     prompts, edits = read_prior_prompts(args)
     return {
         "images": digest_of(dataset["image_hash"][:]),
@@ -2003,9 +2001,6 @@ def make_accelerator(args):
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
         raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy:
-        plugin = accelerator.state.fsdp_plugin  # would round the times of the states; autocast casts what needs it
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (diffusers, transformers):
@@ -2094,8 +2089,7 @@ def save_memory_and_time(transformer, args):
 
 
 def build_without_weights(family, args):
-    """The pipeline with the transformer and the VAE of the configs on the meta device, where tensors have shapes
-    alone."""
+    """The pipeline with transformer and VAE of the configs on the meta device, where tensors have shapes alone."""
     base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "revision": args.revision}
     parts = {"transformer": family.transformer_class, "vae": family.vae_class}
     with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"), torch.device("meta"):
