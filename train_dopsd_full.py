@@ -1789,7 +1789,7 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
 The teacher, an average of the student with decay {args.ema_decay}, saw a training image {way}.
-All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). With that file, this trains so again:
+All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). The command that reads them, with paths of your own:
 
 ```bash
 {shlex.join(command)}

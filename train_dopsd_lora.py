@@ -1679,7 +1679,7 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
 The teacher, an average of the student with decay {args.ema_decay}, saw a training image {way}.
-All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). With that file, this trains so again:
+All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). The command that reads them, with paths of your own:
 
 ```bash
 {shlex.join(command)}
@@ -1745,7 +1745,7 @@ def describe_lora(args, name):
     """What the LoRA in the folder or repository `name` is, lines of code that load it, and tags for its card."""
     about = f"LoRA of rank {args.rank} for {public_settings(args)['pretrained_model_name_or_path']}"
     given = {"revision": args.revision, "variant": args.variant}
-    given = "".join(f", {name}={json.dumps(value)}" for name, value in given.items() if value)
+    given = "".join(f", {flag}={json.dumps(value)}" for flag, value in given.items() if value)
     base = f"{json.dumps(args.pretrained_model_name_or_path)}{given}, dtype=torch.bfloat16"
     loading = f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({json.dumps(name)})"
     return about, loading, ["lora", "template:sd-lora"]
