@@ -239,7 +239,7 @@ def subprocess_env():
 def run_script(path, words, errors, environment):
     """What a `ForkedScript` does: as `python path words`, in a process group of its own, with its errors in a file."""
     os.setsid()
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.environ.update(environment)
     sys.argv[:] = [path, *words]
     runpy.run_path(path, run_name="__main__")
