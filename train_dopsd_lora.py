@@ -1697,6 +1697,12 @@ How well it still draws what the base can draw was not measured by the training 
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 
 
+def push_command(args, files):
+    """The command that pushes the `files` (patterns) of OUTPUT_DIR later."""
+    flags = [*(["--private"] if args.hub_private_repo else []), *(f"--include={file}" for file in files)]
+    return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *flags])
+
+
 def push(args, step, save_card, files):
     """Pushes the `files` (patterns) of OUTPUT_DIR. During training, a failure is a warning; at the end, an InputError
     with the command that pushes later what is all saved."""
@@ -1711,10 +1717,8 @@ def push(args, step, save_card, files):
         logger.info(f"Pushed to {repo}.")
     except Exception as error:  # of the network, the Hub, the token or the name
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        flags = [*(["--private"] if args.hub_private_repo else []), *(f"--include={file}" for file in files)]
-        command = shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *flags])
         failure = f"The result is saved in {args.output_dir}, but was not pushed ({reason})."
-        failure += f" Log in and push it with: {command}"
+        failure += f" Log in and push it with: {push_command(args, files)}"
         if step == args.max_train_steps:
             raise InputError(failure) from error
         logger.warning(failure)
@@ -1731,6 +1735,9 @@ def publish_result(args, samples, step, describe, files):
         pictures = f", pictures in {args.output_dir}/validation" if args.validation_steps else ""
         code = example_code(args, samples, describe(args, args.output_dir)[1])
         logger.info(f"The result is in {args.output_dir}{pictures}. To draw with it:\n\n{code}\n")
+        # others could do nothing with a LoRA whose base is a folder
+        if not args.push_to_hub and not ("rank" in args and os.path.isdir(args.pretrained_model_name_or_path)):
+            logger.info(f"To publish it: {push_command(args, files)}")
 
 
 def publish_lora(pipeline, save, samples, args, accelerator, step):
