@@ -165,7 +165,7 @@ def add_shared_arguments(parser):
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--resolution", type=COUNT, default=1024, help="Side of a square image; others have about the same area.")
     add("--random_flip", action="store_true", help="Train on mirror images, too; not of subjects with letters.")
-    add("--dataset_num_workers", type=COUNT, default=4, help="Processes that read and decode many images.")
+    add("--dataset_num_workers", type=COUNT, default=4, help="Processes or threads that read images.")
     add("--skip_broken_images", action="store_true", help="Leave out images that cannot be read.")
     add("--context_cache_dir", help="Cache of encoded contexts. Default: OUTPUT_DIR/contexts.")
     add("--context_dtype", choices=["fp8"], help="fp8: half the disk; changes the velocity by about 1 per cent.")
@@ -382,7 +382,6 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 
@@ -609,7 +608,7 @@ def read_dataset(args):
 
 def load_image(source):
     """RGB image of a row's `image` ({"path", "bytes"}): EXIF orientation applied, alpha on white, 16-bit scaled to 8.
-    Raises ValueError that names an image that cannot be read."""
+    Raises InputError that names an image that cannot be read."""
     name = source["path"] or "An image of the dataset"
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]))
@@ -620,7 +619,7 @@ def load_image(source):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # of any kind: decoders raise what damaged files make of them
-        raise ValueError(f"{name} cannot be read as an image ({error}); replace or remove it.") from None
+        raise InputError(f"{name} cannot be read as an image ({error}); replace or remove it.") from None
 
 
 def inspect_image(source):
@@ -971,13 +970,10 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
     starts = [(start, group) for group in groups for start in range(0, len(group), ENCODING_BATCH)]
     # the first batches of both kinds show how much all will take
     batches = [group[start : start + ENCODING_BATCH] for start, group in sorted(starts, key=lambda one: one[0] > 0)]
-    # images are decoded ahead of the encoders, of many in processes of their own
-    workers = min(args.dataset_num_workers, len(batches) // 16)
-    options = {"num_workers": workers, "generator": torch.Generator()}  # of its own: the LoRA starts from the other
-    loader = DataLoader(batches, batch_size=None, collate_fn=functools.partial(load_batch, dataset, args), **options)
+    loaded = read_ahead(functools.partial(load_batch, dataset, args), batches, args.dataset_num_workers)
     shown = {"desc": "Encoding contexts", "unit": " contexts", "unit_scale": accelerator.num_processes}
     with tqdm(total=len(missing), disable=not accelerator.is_local_main_process, **shown) as bar:
-        for number, (batch, references, images) in enumerate(loader, 1):
+        for number, (batch, references, images) in enumerate(loaded, 1):
             encode_batch(pipeline, args, cache, batch, references, images)
             bar.update(len(batch))
             if number == len(groups):
@@ -989,21 +985,15 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
 
 
 def load_batch(dataset, args, batch):
-    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row. An
-    error in their place is for `encode_batch` to raise: it would come from a worker with its traceback."""
+    """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row."""
     _, (teacher, *_), indices, _ = zip(*batch)
-    try:
-        rows = [rows_of(dataset, index, args) for index in indices]
-        references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
-        return batch, references, [training_image(shown) for _, shown in rows] if teacher else None
-    except (ValueError, OSError) as error:
-        return batch, InputError(error), None
+    rows = [rows_of(dataset, index, args) for index in indices]
+    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    return batch, references, [training_image(shown) for _, shown in rows] if teacher else None
 
 
 def encode_batch(pipeline, args, cache, batch, references, images):
     """Encodes and stores a few contexts of the student or, with `images`, of the teacher, in one forward."""
-    if isinstance(references, InputError):
-        raise references
     paths, _, _, captions = zip(*batch)
     if images:
         prompts = [caption + args.teacher_prompt_suffix for caption in captions]
@@ -1197,14 +1187,14 @@ def to_device(tensor, device):
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_ahead(make, numbers):
-    """Yields make(number) of each of `numbers`; a thread makes the next two while the device computes."""
-    with ThreadPoolExecutor(1) as reader:
-        numbers = iter(numbers)
-        made = collections.deque(reader.submit(make, number) for number in itertools.islice(numbers, 2))
+def read_ahead(make, items, threads=1):
+    """Yields make(item) of each of `items`; `threads` make the next ones, and one more, while the device computes."""
+    with ThreadPoolExecutor(threads) as reader:
+        items = iter(items)
+        made = collections.deque(reader.submit(make, item) for item in itertools.islice(items, threads + 1))
         while made:
             batch = made.popleft().result()
-            made.extend(reader.submit(make, number) for number in itertools.islice(numbers, 1))
+            made.extend(reader.submit(make, item) for item in itertools.islice(items, 1))
             yield batch
 
 

@@ -4,7 +4,6 @@ import gc
 import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 import threading
@@ -575,7 +574,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(train, tmp_path, monkeypa
 
 def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
     """A GPU would wait for each photo to be decoded and resized, hours in all; contexts must be those of one
-    process."""
+    thread."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(20):
@@ -583,7 +582,7 @@ def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "ENCODING_BATCH", 1)
     common = {"instance_data_dir": folder, "instance_prompt": "a disc", "max_train_steps": 1}
     train(tmp_path / "one", dataset_num_workers=1, context_cache_dir=tmp_path / "first", **common)
-    monkeypatch.setattr(script, "training_image", forbidden_in(os.getpid(), script.training_image))
+    monkeypatch.setattr(script, "training_image", forbidden_in(threading.get_ident(), script.training_image))
     train(tmp_path / "two", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("first", "second"))
     assert one == two and len(one) == 21
@@ -595,8 +594,8 @@ def test_images_are_decoded_ahead_of_the_encoders(train, tmp_path, monkeypatch):
         train(tmp_path / "three", dataset_num_workers=2, context_cache_dir=tmp_path / "second", **common)
 
 
-def forbidden_in(process, function):
-    return lambda *args: pytest.fail("decoded beside the encoders") if os.getpid() == process else function(*args)
+def forbidden_in(thread, function):
+    return lambda *args: pytest.fail("decoded by the encoders") if threading.get_ident() == thread else function(*args)
 
 
 def test_disk_that_is_too_small_for_the_contexts_is_found_at_once(train, tmp_path, monkeypatch, caplog):

@@ -73,11 +73,10 @@ def shown(name, teacher):
     load, names = script.load_batch, MAIN
     wrong = training_pictures(CONCEPTS[names[(names.index(name) + 1) % len(names)]]) if teacher == "wrong" else []
 
-    def load_wrong(*arguments):
-        with unittest.mock.patch.object(
-            script, "training_image", lambda row: wrong[int(row["image_hash"], 16) % len(wrong)]
-        ):
-            return load(*arguments)
+    def load_wrong(dataset, args, batch):
+        _, references, images = load(dataset, args, batch)
+        rows = [script.rows_of(dataset, index, args)[1] for _, _, index, _ in batch]
+        return batch, references, images and [wrong[int(row["image_hash"], 16) % len(wrong)] for row in rows]
 
     encode = instruments.family_of(str(HERE / "model")).encode_teacher
     if teacher == "none":
