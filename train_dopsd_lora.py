@@ -347,6 +347,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
+    send_to_device,
     set_seed,
 )
 from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
@@ -1136,16 +1137,7 @@ def make_batch(pipeline, rows, cache, draws, prior, args, device):
         contexts.append(cache.read(*rows_of(rows, index, args), caption))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         noise.append(pipeline.initial_noise(*row["bucket"], generator))
-    contexts = [[{n: to_device(t, device) for n, t in context.items()} for context in both] for both in contexts]
-    return to_device(torch.cat(noise), device), *map(list, zip(*contexts))
-
-
-def to_device(tensor, device):
-    """`tensor` on `device`; a GPU fetches it from pinned memory, while the processor goes on."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    with torch.cuda.device(device):  # a new thread would take the first GPU
-        return tensor.pin_memory().to(device, non_blocking=True)
+    return send_to_device((torch.cat(noise), *map(list, zip(*contexts))), device)
 
 
 def read_ahead(make, items, threads=1):

@@ -89,9 +89,14 @@ def draw(latents, contexts, count, rng, shift, device):
     noise = torch.randn(latents.shape, generator=rng)
     s = sigmas.view(-1, 1, 1, 1)
     drawn = ((1 - s) * latents + s * noise, sigmas, noise - latents)
-    states, sigmas, velocities = (dopsd.to_device(tensor, device) for tensor in drawn)
-    captions = [{name: dopsd.to_device(tensor, device) for name, tensor in c.items()} for c in captions]
+    states, sigmas, velocities = (to_device(tensor, device) for tensor in drawn)
+    captions = [{name: to_device(tensor, device) for name, tensor in c.items()} for c in captions]
     return states, captions, sigmas, velocities
+
+
+def to_device(tensor, device):
+    """`tensor` on `device`; a GPU fetches it from pinned memory, while the processor goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def micro_batches(examples, size):
