@@ -70,43 +70,13 @@ import yaml
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
-RESTARTS = "cosine_with_restarts"
-SCHEDULERS = ["linear", "cosine", RESTARTS, "polynomial", "constant", "constant_with_warmup"]
+SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 # those of diffusers with a backward, and without code from the Hub
 ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
 ATTENTION_BACKENDS += ["flash", "flash_varlen", "flex", "xformers"]
 UNMASKED = ["_native_flash", "flash", "flash_varlen", "xformers"]  # that refuse or misread the masks of a batch
-COLUMNS = ["image_column", "caption_column", "reference_column"]
-VALIDATION_FLAGS = ["validation_prompt", "num_validation_images"]
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
-
-
-def lacks_metadata(folder):
-    """Whether there is a folder of images and captions alone."""
-    return os.path.isdir(folder or "") and not any(Path(folder).glob("metadata.*"))
-
-
-# when flags would have no effect: in words, as a function of the arguments, and which flags
-IDLE_FLAGS = [
-    ("without --gradient_checkpointing", lambda a: not a.gradient_checkpointing, ["checkpointed_blocks"]),
-    ("with --prior_prompts none", lambda a: a.prior_prompts == "none", ["prior_every"]),
-    ("without --dataset_name", lambda a: not a.dataset_name, ["dataset_config_name"]),
-    ("without metadata.jsonl or metadata.csv", lambda a: lacks_metadata(a.instance_data_dir), COLUMNS),
-    ("without --push_to_hub", lambda a: not a.push_to_hub, HUB_FLAGS),
-    ("with --validation_steps 0", lambda a: not a.validation_steps, VALIDATION_FLAGS),
-    ("with --validation_prompt", lambda a: a.validation_prompt, ["num_validation_images"]),
-    ("with --teacher_context edit", lambda a: a.teacher_context == "edit", ["teacher_max_pixels"]),
-    ("with a folder as base", lambda a: os.path.isdir(a.pretrained_model_name_or_path), ["revision"]),
-    ("with --num_train_epochs", lambda a: a.num_train_epochs, ["max_train_steps"]),
-    ("with --lr_scheduler constant", lambda a: a.lr_scheduler == "constant", ["lr_warmup_steps"]),
-    ("without --lr_scheduler cosine_with_restarts", lambda a: a.lr_scheduler != RESTARTS, ["lr_num_cycles"]),
-    ("without --lr_scheduler polynomial", lambda a: a.lr_scheduler != "polynomial", ["lr_power"]),
-    ("with --optimizer adafactor", lambda a: a.optimizer == "adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
-    ("with --ema_decay 0 and 1", lambda a: a.ema_decay in (0, 1), ["ema_device"]),
-    # of the full script
-    ("without --ema_device cpu", lambda a: getattr(a, "ema_device", None) != "cpu", ["ema_refresh_steps"]),
-]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -235,8 +205,8 @@ def add_lora_arguments(parser):
     add("--lora_layers", help="Endings or beginnings of layer names, with commas. Default: attention, feed-forward.")
 
 
-def check_arguments(parser, args):
-    """One error for flags that cannot work, before anything is read."""
+def check_arguments(parser, args, words):
+    """One error for flags that cannot work, before anything is read. `words`: the command line, without its file."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --instance_data_dir or --dataset_name")
     if args.states_per_rollout > args.rollout_steps:
@@ -259,25 +229,32 @@ def check_arguments(parser, args):
         parser.error("--random_flip does not go with --reference_column: references are not mirrored")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     del args.use_8bit_adam, args.config
-    for when, idle, names in IDLE_FLAGS:
+    typed = {word.partition("=")[0] for word in words}
+    for when, idle, names in [
+        ("without --gradient_checkpointing", not args.gradient_checkpointing, ["checkpointed_blocks"]),
+        ("without --push_to_hub", not args.push_to_hub, HUB_FLAGS),
+        ("with --num_train_epochs", args.num_train_epochs, ["max_train_steps"]),
+        ("with --lr_scheduler constant", args.lr_scheduler == "constant", ["lr_warmup_steps"]),
+    ]:
         for name in names:
-            if getattr(args, name, None) != parser.get_default(name) and idle(args):
+            if idle and f"--{name}" in typed and getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} has no effect {when}")
     for name, value in vars(args).items():
-        words = value if isinstance(value, list) else [value]
-        if name != "teacher_prompt_suffix" and not all(str(word).strip() for word in words):
+        values = value if isinstance(value, list) else [value]
+        if name != "teacher_prompt_suffix" and not all(str(one).strip() for one in values):
             parser.error(f"--{name} is empty")
+        if str(value).startswith(".../"):  # see `public_settings`
+            parser.error(f"--{name} {value}: the path was shortened; give the whole one")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
 
 
 def with_config(parser, words):
-    """The words of a command line behind those of its --config file, without those in the file that they make idle."""
+    """The words of a command line behind those of its --config file."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config, given = first.parse_known_args(words)[0].config, {}
+    config, given = first.parse_known_args(words)[0].config, []
     if not config:
         return words
-    typed = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
     try:
         settings = {**yaml.safe_load(Path(config).read_text("utf-8"))}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -286,19 +263,14 @@ def with_config(parser, words):
         flag = parser._option_string_actions.get(f"--{name}")
         if flag is None or name in ("config", "help"):
             parser.error(f"--config {config}: there is no flag --{name}")
-        if str(value).startswith(".../") and name not in typed:  # see `public_settings`
-            parser.error(f"--config {config}: the path {value} was shortened; give --{name}")
         if isinstance(value, bool) and flag.nargs != 0:
             value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
-        if value is not None and value is not False:
-            several = isinstance(value, list) and len(value) != 1
-            one = value[0] if isinstance(value, list) and not several else value
-            single = [f"--{name}"] if one is True else [f"--{name}={one}"]  # which may begin with a dash
-            given[name] = [f"--{name}", *map(str, value)] if several else single
-    merged = parser.parse_args([*itertools.chain(*given.values()), *words])
-    alone = argparse.Namespace(**vars(merged) | {name: settings.get(name, parser.get_default(name)) for name in typed})
-    left_out = {name for _, idle, names in IDLE_FLAGS for name in names if idle(merged) and not idle(alone)}
-    return [*itertools.chain(*(own for name, own in given.items() if name not in left_out)), *words]
+        if isinstance(value, list) and len(value) != 1:
+            given += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            one = value[0] if isinstance(value, list) else value
+            given.append(f"--{name}" if one is True else f"--{name}={one}")  # which may begin with a dash
+    return [*given, *words]
 
 
 def parse_args(input_args=None):
@@ -306,8 +278,9 @@ def parse_args(input_args=None):
     parser = ArgumentParser(description=about, formatter_class=HelpFormatter, usage=USAGE, allow_abbrev=False)
     add_shared_arguments(parser)
     add_lora_arguments(parser)
-    args = parser.parse_args(with_config(parser, sys.argv[1:] if input_args is None else input_args))
-    check_arguments(parser, args)
+    words = sys.argv[1:] if input_args is None else input_args
+    args = parser.parse_args(with_config(parser, words))
+    check_arguments(parser, args, words)
     args.lora_alpha = args.lora_alpha or args.rank
     if args.offloaded_blocks > args.checkpointed_blocks * args.gradient_checkpointing:
         flag = f"--offloaded_blocks {args.offloaded_blocks}"
@@ -535,8 +508,8 @@ def as_list(value):
 
 def check_columns(columns, source, args):
     """Raises ValueError for a flag that names none of the `columns` of a dataset."""
-    hints = ["; metadata has file_name or NAME_file_name", "; name it, or give --instance_prompt", ""]
-    for name, hint in zip(COLUMNS, hints, strict=True):
+    image, caption = "; metadata has file_name or NAME_file_name", "; name it, or give --instance_prompt"
+    for name, hint in {"image_column": image, "caption_column": caption, "reference_column": ""}.items():
         column = getattr(args, name)
         if column and column not in columns and not (name == "caption_column" and args.instance_prompt):
             there = ", ".join(sorted(columns))

@@ -61,7 +61,7 @@ def parse_args(input_args=None):
             parser._add_action(action)
     parser.parse_args(input_args)  # refuses what would do nothing here
     args = every.parse_args(input_args)  # the rest has defaults
-    dopsd.check_arguments(every, args)
+    dopsd.check_arguments(every, args, sys.argv[1:] if input_args is None else input_args)
     if args.full:
         full.check_full_arguments(every, args)
     args.lora_alpha = args.lora_alpha or args.rank

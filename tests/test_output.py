@@ -255,13 +255,11 @@ def write_settings(folder, **settings):
 
 
 def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
-    """A flag cannot be taken back, so the file's other one must not stand in its way; both in the file are a
-    mistake."""
-    words = write_settings(tmp_path, max_train_steps=500, teacher_max_pixels=65536)
-    args = script.parse_args([*words, "--num_train_epochs", "3", "--teacher_context", "edit"])
-    assert args.num_train_epochs == 3 and args.teacher_max_pixels is None
+    """A flag cannot be taken back, so the file's other one must not stand in its way; typed, both are a mistake."""
+    words = [*write_settings(tmp_path, max_train_steps=500), "--num_train_epochs", "3"]
+    assert script.parse_args(words).num_train_epochs == 3
     with pytest.raises(SystemExit):
-        script.parse_args([*write_settings(tmp_path, max_train_steps=500, num_train_epochs=3), "--rank", "4"])
+        script.parse_args([*words, "--max_train_steps=400"])
     assert "--max_train_steps has no effect" in capsys.readouterr().err
 
 
@@ -284,11 +282,7 @@ def test_shortened_path_in_a_config_is_asked_for(trained, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--config", str(trained / "dopsd_settings.json"), "--instance_data_dir=images"])
     error = capsys.readouterr().err
-    assert (
-        error.startswith("error: --config")
-        and "was shortened; give --" in error
-        and "--instance_data_dir" not in error
-    )
+    assert error.startswith("error: --") and "was shortened" in error and "--instance_data_dir" not in error
 
 
 def test_no_is_no_in_a_config_file(tmp_path):
