@@ -58,7 +58,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -312,17 +311,9 @@ import psutil
 import torch
 import transformers
 import xxhash
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import ProjectConfiguration, gather_object, release_memory, send_to_device, set_seed
 from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
@@ -330,12 +321,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import (
-    cast_training_params,
-    find_nearest_bucket,
-    free_memory,
-    generate_aspect_ratio_buckets,
-)
+from diffusers.training_utils import cast_training_params, find_nearest_bucket, generate_aspect_ratio_buckets
 from diffusers.utils import check_min_version
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, is_offline_mode, save_torch_state_dict, snapshot_download
@@ -537,11 +523,8 @@ def read_lines(path, name=None):
 
 
 def read_dataset(args):
-    """Dataset with the columns `image` and `references` (one or several), undecoded, and `captions` (a list).
-
-    Raises:
-        ValueError: missing or empty data, a missing column, or an image without caption.
-    """
+    """Dataset with the columns `image` and `references` (one or several), undecoded, and `captions` (a list). Raises
+    ValueError for missing or empty data, a missing column, or an image without caption."""
     flag, folder = f"--dataset_name {args.dataset_name}", Path(args.instance_data_dir or args.dataset_name)
     if args.instance_data_dir and not folder.is_dir():
         raise ValueError(f"--instance_data_dir {folder} is no folder.")
@@ -557,9 +540,9 @@ def read_dataset(args):
         raise ValueError(f"{flag} holds no rows.")
     check_columns(dataset.column_names, args.dataset_name, args)
     column = args.caption_column
-    cells = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
-    places = (f"Row {i} of {args.dataset_name}" for i in itertools.count())
-    captions = [captions_of(cell, place, column, args.instance_prompt) for cell, place in zip(cells, places)]
+    cells = enumerate(dataset[column][:] if column in dataset.column_names else [None] * len(dataset))
+    source, prompt = args.dataset_name, args.instance_prompt
+    captions = [captions_of(cell, f"Row {i} of {source}", column, prompt) for i, cell in cells]
     pictures = {args.image_column: "image"} | ({args.reference_column: "references"} if args.reference_column else {})
     # columns are worked on apart, so that nothing is copied into the cache, except for lists of references
     images = dataset.select_columns(list(pictures))
@@ -610,11 +593,8 @@ def inspect_image(source):
 def inspect_images(dataset, buckets, args, mirrored=False):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references.
     Every image is read once; a later run on the same images reads the result from the cache of datasets. `mirrored`:
-    see `with_mirrored`.
-
-    Raises:
-        ValueError: with the first ten images that cannot be read, unless --skip_broken_images leaves their rows out.
-    """
+    see `with_mirrored`. Raises ValueError with the first ten images that cannot be read, unless --skip_broken_images
+    leaves their rows out."""
     number, text = Value("int64"), Value("string")
     features = {"bucket": ListFeature(number), "image_hash": text, "reference_sizes": ListFeature(ListFeature(number))}
     features |= {"reference_hashes": ListFeature(text), "broken": text, "row": number}  # row: its number for the user
@@ -798,9 +778,7 @@ def fingerprint(model, patterns, revision, noted):
     with contextlib.suppress(OSError):  # of a cache that may only be read
         if len(known) > before:
             noted.parent.mkdir(parents=True, exist_ok=True)
-            aside = noted.with_suffix(f".{os.urandom(8).hex()}.tmp")
-            aside.write_text(json.dumps(known))
-            os.replace(aside, noted)
+            noted.write_text(json.dumps(known))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
@@ -918,7 +896,6 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     if missing[mine]:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
             cache.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=cache.folder).close()
         encode_missing(family, args, cache, dataset, missing[mine], accelerator)
     accelerator.wait_for_everyone()
 
@@ -944,7 +921,7 @@ def encode_missing(family, args, cache, dataset, missing, accelerator):
             if number == len(groups):
                 check_space(cache, groups, accelerator)
     del pipeline
-    free_memory()
+    release_memory()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # what the encoders took is not of the training
 
@@ -977,11 +954,11 @@ def check_space(cache, groups, accelerator):
     left = sum(s * max(n - ENCODING_BATCH, 0) for s, n in zip(sizes, counts)) * processes / 2**30
     told = ", ".join(f"{n * processes:,} of {s / 2**20:.2f} MiB" for s, n in zip(sizes, counts))
     free = shutil.disk_usage(cache.folder).free / 2**30
-    logger.info(f"Disk space for contexts: {left:.1f} GiB are still needed, {free:.1f} GiB are free ({told}).")
+    told = f"{left:.1f} GiB are still needed for contexts, {free:.1f} GiB are free ({told})."
+    logger.info(f"Disk space: {told}")
     if left > free:
-        told = f"contexts need {left:.1f} GiB more, and {free:.1f} GiB are free"
         remedy = "Free some, or choose a folder on another disk; what is encoded is kept."
-        raise InputError(f"--context_cache_dir {cache.folder}: {told}. {remedy}")
+        raise InputError(f"--context_cache_dir {cache.folder}: {told} {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------- method
