@@ -322,14 +322,8 @@ import transformers
 import xxhash
 from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    ProjectConfiguration,
-    fsdp2_prepare_model,
-    gather_object,
-    release_memory,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import ProjectConfiguration, gather_object, release_memory, send_to_device, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
@@ -620,7 +614,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
         found, broken = [], ""
         with blamed_on(f"Row {index}"):
             try:
-                found = [inspect_image(source) for source in [row["image"], *references_of(row)]]
+                found = [inspect_image(source) for source in [row["image"], *as_list(row.get("references"))]]
             except ValueError as error:
                 found, broken = [([1, 1], "")], f"Row {index}: {error}"
         ((width, height), image_hash), *references = found
@@ -670,11 +664,6 @@ def prior_pairs(prompts, edits, count):
     rows, as often as it takes to use each edit and each row."""
     times = max(count, len(edits)) if edits else 0
     return [(None, prompt) for prompt in prompts] + [(~(k % count), edits[k % len(edits)]) for k in range(times)]
-
-
-def references_of(row):
-    """The undecoded images that the student is given: none, one or several."""
-    return as_list(row.get("references"))
 
 
 def shown_row(rows, index, args):
@@ -799,10 +788,8 @@ def fingerprint(model, patterns, revision, noted):
 
 
 class ContextCache:
-    """Contexts, one safetensors file each: the student's of each caption, the teacher's of each image and caption.
-
-    The key changes whenever images, crops, caption, models or settings change.
-    """
+    """Contexts, one safetensors file each: the student's of each caption, the teacher's of each image and caption. The
+    key changes whenever images, crops, caption, models or settings change."""
 
     def __init__(self, family, args):
         self.folder = Path(args.context_cache_dir)
@@ -946,7 +933,7 @@ def load_batch(dataset, args, batch):
     """A batch of `encode_missing` with the reference images and, for the teacher, the training image of each row."""
     _, (teacher, *_), indices, _ = zip(*batch)
     rows = [rows_of(dataset, index, args) for index in indices]
-    references = [[load_image(source) for source in references_of(row)] for row, _ in rows]
+    references = [[load_image(source) for source in as_list(row.get("references"))] for row, _ in rows]
     return batch, references, [training_image(shown) for _, shown in rows] if teacher else None
 
 
@@ -966,11 +953,9 @@ def check_space(cache, groups, accelerator):
     """Says how much the contexts of all processes will take, by the first batch of each of the `groups`. Raises
     InputError where the disk has less."""
     sizes = [np.mean([path.stat().st_size for path, *_ in group[:ENCODING_BATCH]]) for group in groups]
-    counts, processes = [len(group) for group in groups], accelerator.num_processes
-    left = sum(s * max(n - ENCODING_BATCH, 0) for s, n in zip(sizes, counts)) * processes / 2**30
-    told = ", ".join(f"{n * processes:,} of {s / 2**20:.2f} MiB" for s, n in zip(sizes, counts))
-    free = shutil.disk_usage(cache.folder).free / 2**30
-    told = f"{left:.1f} GiB are still needed for contexts, {free:.1f} GiB are free ({told})."
+    left = sum(size * len(group[ENCODING_BATCH:]) for size, group in zip(sizes, groups)) * accelerator.num_processes
+    left, free = left / 2**30, shutil.disk_usage(cache.folder).free / 2**30
+    told = f"{left:.1f} GiB are still needed for contexts, {free:.1f} GiB are free."
     logger.info(f"Disk space: {told}")
     if left > free:
         remedy = "Free some, or choose a folder on another disk; what is encoded is kept."
@@ -1161,16 +1146,16 @@ def validation_pairs(dataset, args):
 def validation_sheet(rows, texts):
     """One picture of `rows` of three pictures, under headings, and above the text of each row."""
     (width, height), size = rows[0][0].size, max(10, rows[0][0].width // 32)
-    left = max(width, 8 * size)  # of a column to the next, so that headings have room
-    sheet = Image.new("RGB", (3 * left, 2 * size + len(rows) * (height + 2 * size)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    across, down = max(width, 8 * size), height + 2 * size  # headings have room, too
+    sheet = Image.new("RGB", (3 * across, 2 * size + len(rows) * down), "white")
+    write = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(size))
     for column, heading in enumerate(HEADINGS):
-        draw.text((column * left, size // 3), heading, "black", font)
-    for number, (pictures, text) in enumerate(zip(rows, texts, strict=True)):
-        top = 2 * size + number * (height + 2 * size)
-        draw.text((0, top + height + size // 3), text, "black", font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(ImageOps.pad(picture, (width, height), color="white"), (column * left, top))
+        write((column * across, size // 3), heading)
+        for number, pictures in enumerate(rows):
+            picture = ImageOps.pad(pictures[column], (width, height), color="white")
+            sheet.paste(picture, (column * across, 2 * size + number * down))
+    for number, text in enumerate(texts, 1):
+        write((0, number * down + size // 3), text)
     return sheet
 
 
@@ -1182,18 +1167,17 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
     for number, (index, prompt) in enumerate(pairs):
         row, shown = dataset[index], shown_row(dataset, index, args)
         noise = pipeline.initial_noise(*row["bucket"], torch.Generator().manual_seed(args.seed + number))
-        networks = (contextlib.nullcontext(student), teacher.network())
-        contexts = cache.read(row, shown, prompt)
-        rows = [*rows, []]
-        for network, context in zip(networks, contexts):
+        networks, pictures = (contextlib.nullcontext(student), teacher.network()), []
+        for network, context in zip(networks, cache.read(row, shown, prompt)):
             with network as transformer, accelerator.autocast():
                 latents = noise.to(accelerator.device)
-                rows[-1] += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
+                pictures += pipeline.sample(transformer, [context], latents, args.num_inference_steps)
         try:
-            rows[-1].append(training_image(shown))
+            pictures.append(training_image(shown))
         except ValueError as error:  # gone since the start: no reason to end a run
             logger.warning(f"{error} It is white in the validation picture.")
-            rows[-1].append(Image.new("RGB", rows[-1][0].size, "white"))
+            pictures.append(Image.new("RGB", pictures[0].size, "white"))
+        rows.append(pictures)
     if not accelerator.is_main_process:
         return
     folder, samples = Path(args.output_dir) / "validation", Path(args.output_dir) / "samples"  # of the model card
