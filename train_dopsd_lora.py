@@ -398,9 +398,7 @@ def read_folder(folder, args):
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
     if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
-        raise ValueError(
-            f"{metadata[-1]}: a folder has one file of captions, {' or '.join(METADATA_NAMES)} in small letters."
-        )
+        raise ValueError(f"{metadata[-1]}: captions stand in one {' or '.join(METADATA_NAMES)}, in small letters.")
     texts = [] if metadata else [p for p in files if p.suffix.lower() == ".txt"]
     found = read_metadata(metadata[0]) if metadata else read_texts(folder, files, texts, args)
     # columns of file names go before others
@@ -439,7 +437,8 @@ def with_captions(images, captions):
 
 def read_texts(folder, files, texts, args):
     """(place, row) of each image of a folder; its captions are the lines of NAME.txt, one of `texts`."""
-    images, text_of = [p for p in files if is_image(p) and not p.is_dir()], {p.stem: p for p in texts}
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()]
+    text_of = {p.stem: p for p in texts}
     if not images:
         kinds = ", ".join(f"*{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
         raise ValueError(f"--instance_data_dir {folder} holds no images ({kinds}), except in folders in it.")
@@ -480,11 +479,6 @@ def path_in(folder, name, place):
     if not (folder / path).is_file():
         raise ValueError(f"{place} names no image: {name!r} is no file in the folder, or a link to nothing.")
     return folder / path
-
-
-def is_image(path):
-    """Whether a file is named as an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def as_list(value):
@@ -531,7 +525,7 @@ def read_dataset(args):
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if args.instance_data_dir or names & set(METADATA_NAMES):
         return read_folder(folder, args)
-    if any(map(is_image, map(Path, names))):
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         raise ValueError(f"{flag} is a folder of images: give it as --instance_data_dir.")
     check_source("dataset_name", args.dataset_name, repo_type="dataset")
     with blamed_on(flag):
@@ -598,19 +592,17 @@ def inspect_images(dataset, buckets, args, mirrored=False):
     number, text = Value("int64"), Value("string")
     features = {"bucket": ListFeature(number), "image_hash": text, "reference_sizes": ListFeature(ListFeature(number))}
     features |= {"reference_hashes": ListFeature(text), "broken": text, "row": number}  # row: its number for the user
-    names = list(features)
 
     def inspect(row, index):
-        found, broken = [], ""
+        broken = ""
         with blamed_on(f"Row {index}"):
             try:
                 found = [inspect_image(source) for source in [row["image"], *as_list(row.get("references"))]]
             except ValueError as error:
                 found, broken = [([1, 1], "")], f"Row {index}: {error}"
-        ((width, height), image_hash), *references = found
-        sizes, hashes = [size for size, _ in references], [value for _, value in references]
-        bucket = buckets[find_nearest_bucket(height, width, buckets)]
-        return dict(zip(names, (list(bucket), image_hash, sizes, hashes, broken, index), strict=True))
+        sizes, hashes = zip(*found)  # of the image, then of its references
+        bucket = buckets[find_nearest_bucket(*sizes[0][::-1], buckets)]
+        return dict(zip(features, (bucket, hashes[0], sizes[1:], hashes[1:], broken, index), strict=True))
 
     workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
     options = {"features": Features(features), "num_proc": workers if workers > 1 else None, "desc": "images"}
@@ -720,11 +712,9 @@ def images_per_micro_step(args):
 
 
 def draw_batch(layouts, args, micro_step, process, num_processes):
-    """Row indices and a random generator for each image of a process's micro-batch.
-
-    Seed and place in the run alone decide: a resumed run, or two processes with half the batch each, draw the same. A
-    batch of prior prompts has the picture sizes of the rows that come next.
-    """
+    """Row indices and a random generator for each image of a process's micro-batch. Seed and place in the run alone
+    decide: a resumed run, or two processes with half the batch each, draw the same. A batch of prior prompts has the
+    picture sizes of the rows that come next."""
     total = args.train_batch_size * num_processes
     epoch, place = divmod(micro_step - prior_steps(micro_step, args), len(epoch_order(layouts, total, args.seed, 0)))
     rows = epoch_order(layouts, total, args.seed, epoch)[place]
@@ -980,9 +970,7 @@ def places_in_run(micro_step, args, accelerator):
 
 def draw_states(args, places):
     """The M of K states, in ascending order, at which images are trained; `places` are the images' numbers in the run.
-
-    Of K consecutive images every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone.
-    """
+    Of K consecutive images every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone."""
     drawn = []
     for cycle, place in (divmod(place, args.rollout_steps) for place in places):
         # 2**40 is no micro-step, so that no other draw has these numbers
