@@ -944,11 +944,9 @@ def check_space(cache, groups, accelerator):
 
 # ------------------------------------------------------------------------------------------------------------- method
 def state_loss(student_velocity, teacher_velocity, sigma, weighting):
-    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state.
-
-    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is
-    what the authors' code trains with.
-    """
+    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state. w_k
+    = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
+    the authors' code trains with."""
     weight = sigma**2 if weighting == "x0" else 1.0
     return weight * (student_velocity - teacher_velocity.detach()).square().mean(dim=(1, 2, 3))
 
@@ -1013,12 +1011,9 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
 
 def backward_each_state(states, transformer, args, accelerator, synchronize):
     """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns losses and counts per state (2,
-    K).
-
-    Each state's graph is freed by its own backward before the next state is computed: memory does not grow with M.
+    K). Each state's graph is freed by its own backward before the next is computed: memory does not grow with M.
     `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with
-    FSDP every backward does, because gradients that wait for others are held whole).
-    """
+    FSDP every backward does, because gradients that wait for others are held whole)."""
     table = torch.zeros(2, args.rollout_steps, device=accelerator.device)
     for number in range(args.states_per_rollout):
         last = synchronize and number == args.states_per_rollout - 1
@@ -1045,15 +1040,14 @@ class LoRATeacher:
     @contextlib.contextmanager
     def network(self):
         """Within: the transformer computes with theta_bar. Pointers are exchanged; nothing is copied."""
-        self._exchange()
+        student = [parameter.data for parameter in self.parameters]
         try:
+            for parameter, average in zip(self.parameters, self.shadow, strict=True):
+                parameter.data = average
             yield self.transformer
         finally:
-            self._exchange()
-
-    def _exchange(self):
-        for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+            for parameter, weight in zip(self.parameters, student, strict=True):
+                parameter.data = weight
 
 
 def make_batch(pipeline, rows, cache, draws, prior, args, device):
