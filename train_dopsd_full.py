@@ -2303,50 +2303,22 @@ class Stop:
 STOP = Stop()
 
 
-def full_savings(args):
-    """Flags that need less memory than `args` and go with the rest, those first that cost the least."""
-    # of the launcher: memory.py has no accelerator
-    sharded, several = os.environ.get("ACCELERATE_USE_FSDP") == "true", int(os.environ.get("WORLD_SIZE", 1)) > 1
-    unrounded = sharded or args.optimizer != "adamw" or args.mixed_precision != "bf16"
-    unfused = sharded or several or args.gradient_accumulation_steps > 1
-    unfused = unfused or args.optimizer == "prodigy" or args.mixed_precision == "fp16"
-    fused = f"--fused_backward_pass --max_grad_norm 0{' --states_per_rollout 1' * (args.states_per_rollout > 1)}"
-    single = args.train_batch_size == 1 or args.fused_backward_pass
-    every = {
-        "--gradient_checkpointing": args.gradient_checkpointing,
-        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
-        "--stochastic_rounding": args.stochastic_rounding or unrounded,
-        "--use_8bit_adam": args.stochastic_rounding or args.optimizer != "adamw" or not unrounded,
-        "--ema_device cpu": sharded or args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
-        fused: args.fused_backward_pass or unfused,
-        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
-        "--train_batch_size 1 with --gradient_accumulation_steps": single,
-        "--ema_decay 1.0": args.ema_decay == 1.0,
-        "a lower --resolution": False,
-    }
-    return [flag for flag, given in every.items() if not given]
-
-
-def encoding_savings(args):
-    """Flags that need less memory than `args` while contexts are encoded."""
-    every = {
-        "--encoder_quantization int8": args.encoder_quantization,
-        "--encoder_quantization nf4": args.encoder_quantization == "nf4",
-        "a lower --teacher_max_pixels": args.teacher_context != "vlm",
-        "a --context_cache_dir that a larger machine has filled": False,
-    }
-    return [flag for flag, given in every.items() if not given]
+# flags that need less memory, those first that cost the least
+ENCODING_SAVINGS = "--encoder_quantization int8 or nf4, a lower --teacher_max_pixels"
+FULL_SAVINGS = (
+    "--gradient_checkpointing, --stochastic_rounding, --ema_device cpu, --fused_backward_pass, a lower --resolution"
+)
 
 
 @contextlib.contextmanager
 def explain_failures(savings, folder):
-    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need
-    less; a disk that is full or a file that cannot be written or read becomes one that names it, or `folder`."""
+    """Within: running out of the GPU's memory becomes an error that names `savings`, flags that need less; a disk that
+    is full or a file that cannot be written or read becomes one that names it, or `folder`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
-        raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
+        raise InputError(f"{first}. What was written is kept. Cheapest remedies: {savings}.") from error
     except (OSError, SafetensorError) as error:
         where = "" if getattr(error, "filename", None) else f"{folder}: "
         told = "What was written before is kept; --resume_from_checkpoint latest goes on from it."
@@ -2432,7 +2404,7 @@ def main(args):
             build_without_weights(family, args)  # configs that do not fit are found before weights load
     except (ValueError, OSError) as error:
         raise InputError(error) from error
-    with explain_failures(encoding_savings(args), args.context_cache_dir):
+    with explain_failures(ENCODING_SAVINGS, args.context_cache_dir):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
@@ -2440,7 +2412,7 @@ def main(args):
         with blamed_on(f"--report_to {args.report_to}"):  # a service may refuse
             accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
 
-    with explain_failures(full_savings(args), args.output_dir):
+    with explain_failures(FULL_SAVINGS, args.output_dir):
         pipeline = load_for_training(family, args)
         place_for_training(pipeline, args, accelerator)
         teacher = FullTeacher(pipeline.transformer, args, accelerator)

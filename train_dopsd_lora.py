@@ -2180,43 +2180,20 @@ class Stop:
 STOP = Stop()
 
 
-def lora_savings(args):
-    """Flags that need less memory than `args`, those first that cost the least time and quality."""
-    every = {
-        "--use_8bit_adam": args.optimizer != "adamw",
-        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
-        "--gradient_checkpointing": args.gradient_checkpointing,
-        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
-        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
-        "--quantization int8": args.quantization,
-        "--quantization nf4": args.quantization == "nf4",
-        "--rank 16": args.rank <= 16,
-        "--offloaded_blocks 0.5": args.offloaded_blocks or args.quantization or args.compile_blocks,
-        "a lower --resolution": False,
-    }
-    return [flag for flag, given in every.items() if not given]
-
-
-def encoding_savings(args):
-    """Flags that need less memory than `args` while contexts are encoded."""
-    every = {
-        "--encoder_quantization int8": args.encoder_quantization,
-        "--encoder_quantization nf4": args.encoder_quantization == "nf4",
-        "a lower --teacher_max_pixels": args.teacher_context != "vlm",
-        "a --context_cache_dir that a larger machine has filled": False,
-    }
-    return [flag for flag, given in every.items() if not given]
+# flags that need less memory, those first that cost the least
+ENCODING_SAVINGS = "--encoder_quantization int8 or nf4, a lower --teacher_max_pixels"
+LORA_SAVINGS = "--use_8bit_adam, --gradient_checkpointing, --quantization int8 or nf4, a lower --rank or --resolution"
 
 
 @contextlib.contextmanager
 def explain_failures(savings, folder):
-    """Within: running out of the GPU's memory becomes an error that names the first of `savings`, flags that need
-    less; a disk that is full or a file that cannot be written or read becomes one that names it, or `folder`."""
+    """Within: running out of the GPU's memory becomes an error that names `savings`, flags that need less; a disk that
+    is full or a file that cannot be written or read becomes one that names it, or `folder`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
-        raise InputError(f"{first}. What was written is kept. Cheapest remedies: {', '.join(savings[:3])}.") from error
+        raise InputError(f"{first}. What was written is kept. Cheapest remedies: {savings}.") from error
     except (OSError, SafetensorError) as error:
         where = "" if getattr(error, "filename", None) else f"{folder}: "
         told = "What was written before is kept; --resume_from_checkpoint latest goes on from it."
@@ -2303,7 +2280,7 @@ def main(args):
             targets = find_lora_targets(build_without_weights(family, args), args)
     except (ValueError, OSError) as error:
         raise InputError(error) from error
-    with explain_failures(encoding_savings(args), args.context_cache_dir):
+    with explain_failures(ENCODING_SAVINGS, args.context_cache_dir):
         encode_contexts(family, args, cache, dataset, pairs, accelerator)
     if args.overwrite_output_dir and accelerator.is_main_process:
         clear_output_dir(args)
@@ -2311,7 +2288,7 @@ def main(args):
         with blamed_on(f"--report_to {args.report_to}"):  # a service may refuse
             accelerator.init_trackers("dopsd", config={k: str(v) for k, v in vars(args).items()})
 
-    with explain_failures(lora_savings(args), args.output_dir):
+    with explain_failures(LORA_SAVINGS, args.output_dir):
         pipeline = load_for_training(family, args, quantization_config("transformer", args.quantization, diffusers))
         offload_blocks(offloaded_blocks(pipeline.transformer, args), accelerator.device)
         place_for_training(pipeline, args, accelerator)

@@ -357,7 +357,7 @@ def explained(savings, folder):
         yield
     except torch.OutOfMemoryError as error:
         raise dopsd.InputError(
-            f"{str(error).split('. ')[0]}. What was drawn is kept. Cheapest remedies: {', '.join(savings)}."
+            f"{str(error).split('. ')[0]}. What was drawn is kept. Cheapest remedies: {savings}."
         ) from error
     except OSError as error:
         raise dopsd.InputError(
@@ -402,7 +402,7 @@ def draw(drawings, load, args, accelerator):
         return
     first = next(iter(missing))
     first.parent.mkdir(exist_ok=True)
-    with explained(["--enable_vae_tiling", "--quantization int8", "a lower --drawing_batch_size"], args.output_dir):
+    with explained("--enable_vae_tiling, --quantization int8, a lower --drawing_batch_size", args.output_dir):
         pipeline = load()
         dopsd.place_for_training(pipeline, args, accelerator)
         bar = tqdm(total=len(missing), desc="Drawing")
@@ -524,7 +524,7 @@ class Encoder:
 def encoder(flag, args, accelerator):
     """Within: the encoder that --`flag` names; afterwards its memory is free."""
     name = getattr(args, flag)
-    with explained(["a lower --encoding_batch_size"], args.output_dir), dopsd.blamed_on(f"--{flag} {name}"):
+    with explained("a lower --encoding_batch_size", args.output_dir), dopsd.blamed_on(f"--{flag} {name}"):
         loaded = Encoder(name, accelerator.device, args.encoding_batch_size)
         try:
             yield loaded
@@ -813,7 +813,7 @@ def teacher(args, accelerator):
     weights = dopsd.sample_weights(args)
     for name, (way, layer) in ways.items():
         reader = family if layer is None else type(family.__name__, (family,), {"hidden_layer": layer})
-        with explained(dopsd.encoding_savings(way), args.context_cache_dir):
+        with explained(dopsd.ENCODING_SAVINGS, args.context_cache_dir):
             dopsd.encode_contexts(reader, way, caches[name], dataset, pairs, accelerator)
         students, teachers = zip(
             *(caches[name].paths(*dopsd.rows_of(dataset, index, way), prompt) for index, prompt in pairs)
@@ -906,7 +906,7 @@ def prompt_contexts(family, args, dataset, pairs, accelerator):
         cache = dopsd.ContextCache(family, way)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
-    with explained(["--encoder_quantization int8"], args.context_cache_dir):
+    with explained("--encoder_quantization int8", args.context_cache_dir):
         dopsd.encode_contexts(family, way, cache, dataset, pairs, accelerator)
     return [cache.paths(*dopsd.rows_of(dataset, index, way), prompt)[0] for index, prompt in pairs]
 
@@ -1269,8 +1269,7 @@ def judge_answers(asked, args, device):
     missing = {key: pair for key, pair in zip(keys, asked) if key not in known}
     if missing:
         blamed = functools.partial(dopsd.blamed_on, f"--judge {args.judge}")
-        savings = [] if args.encoder_quantization else ["--encoder_quantization int8"]
-        with explained([*savings, "a smaller --judge", "--judge none"], args.output_dir):
+        with explained("--encoder_quantization int8, a smaller --judge, --judge none", args.output_dir):
             with blamed():
                 judge = Judge(args, device)
             for key, (row, picture) in tqdm(missing.items(), "Judging"):

@@ -9,7 +9,6 @@ flags, only those that do here what they do there are taken. It runs in one proc
 """
 
 import itertools
-import re
 import sys
 from pathlib import Path
 
@@ -41,6 +40,7 @@ COMMON = {
 }  # fmt: skip
 LORA = {"rank", "lora_alpha", "use_rslora", "lora_layers", "quantization"}
 FULL = {"stochastic_rounding"}
+FULL_SAVINGS = "--gradient_checkpointing, --stochastic_rounding, --use_8bit_adam, a lower --resolution"
 
 
 def parse_args(input_args=None):
@@ -145,11 +145,6 @@ def check_inputs(args, accelerator):
     return lock, family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 
 
-def savings(ways):
-    """Those of a training script's `ways` to save memory whose flags are taken here."""
-    return [way for way in ways if set(re.findall(r"--(\w+)", way)) <= COMMON | LORA | FULL]
-
-
 def encode_data(pipeline, family, dataset, args, accelerator):
     """What `encode` makes of the training images and, with --class_prompt, of those that the model draws of it."""
     quantization = dopsd.quantization_config("text_encoder", args.encoder_quantization, transformers)
@@ -172,15 +167,13 @@ def main(args):
         lock, family, dataset, targets = check_inputs(args, accelerator)
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
-    smaller = [*savings(dopsd.encoding_savings(args)), "a lower --resolution"]
-    with dopsd.explain_failures(smaller, args.output_dir):
+    with dopsd.explain_failures("--encoder_quantization int8 or nf4, a lower --resolution", args.output_dir):
         quantization = dopsd.quantization_config("transformer", args.quantization, diffusers)
         pipeline = dopsd.load_for_training(family, args, quantization)
         data = encode_data(pipeline, family, dataset, args, accelerator)
     free_memory()
 
-    ways = full.full_savings(args) if args.full else dopsd.lora_savings(args)
-    with dopsd.explain_failures(savings(ways), args.output_dir):
+    with dopsd.explain_failures(FULL_SAVINGS if args.full else dopsd.LORA_SAVINGS, args.output_dir):
         dopsd.place_for_training(pipeline, args, accelerator)
         if args.full:
             full.make_trainable(pipeline, args)

@@ -213,7 +213,7 @@ def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path):
     "given",
     ["", "--mixed_precision bf16", "--mixed_precision fp16 --use_8bit_adam", "--gradient_accumulation_steps 2"],
 )
-def test_advice_after_running_out_of_memory_is_accepted(environment, given, monkeypatch):
+def test_advice_of_the_estimate_is_accepted(environment, given, monkeypatch):
     """Each try costs minutes; a flag that the script refuses costs them for nothing."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -222,7 +222,7 @@ def test_advice_after_running_out_of_memory_is_accepted(environment, given, monk
         is_fsdp2=sharded, num_processes=1 + several, distributed_type="FSDP" if sharded else "NO"
     )
     monkeypatch.setattr(script, "check_packages", lambda *_: None)
-    advice = script.full_savings(memory.parse(given))
+    advice = memory.full_savings(memory.parse(given))
     for flag in advice:
         if not flag.startswith("a lower"):
             args = memory.parse(f"{given} {flag}" + (" 2" if flag.endswith("steps") else ""))

@@ -464,7 +464,6 @@ def test_out_of_memory_names_flags_that_help(train_any, tmp_path, monkeypatch):
     with pytest.raises(train_any.module.InputError) as caught:
         train_any(tmp_path / "out", validation_steps=0, train_batch_size=2)
     assert "CUDA out of memory" in str(caught.value) and "--gradient_checkpointing" in str(caught.value)
-    assert str(caught.value).count(", ") == 2
 
 
 def test_student_and_teacher_share_one_compiled_block(train, images, tmp_path, monkeypatch):

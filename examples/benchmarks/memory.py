@@ -22,6 +22,7 @@ import contextlib
 import copy
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -253,6 +254,47 @@ def encoder_bytes(name, quantization):
     return 2 * rest + QUANTIZED_BYTES.get(quantization, 2) * matrices
 
 
+def lora_savings(args):
+    """Flags that need less memory than `args`, those first that cost the least time and quality."""
+    every = {
+        "--use_8bit_adam": args.optimizer != "adamw",
+        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size == 1,
+        "--quantization int8": args.quantization,
+        "--quantization nf4": args.quantization == "nf4",
+        "--rank 16": args.rank <= 16,
+        "--offloaded_blocks 0.5": args.offloaded_blocks or args.quantization or args.compile_blocks,
+        "a lower --resolution": False,
+    }
+    return [flag for flag, given in every.items() if not given]
+
+
+def full_savings(args):
+    """Flags that need less memory than `args` and go with the rest, those first that cost the least."""
+    # of the launcher: memory.py has no accelerator
+    sharded, several = os.environ.get("ACCELERATE_USE_FSDP") == "true", int(os.environ.get("WORLD_SIZE", 1)) > 1
+    unrounded = sharded or args.optimizer != "adamw" or args.mixed_precision != "bf16"
+    unfused = sharded or several or args.gradient_accumulation_steps > 1
+    unfused = unfused or args.optimizer == "prodigy" or args.mixed_precision == "fp16"
+    fused = f"--fused_backward_pass --max_grad_norm 0{' --states_per_rollout 1' * (args.states_per_rollout > 1)}"
+    single = args.train_batch_size == 1 or args.fused_backward_pass
+    every = {
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--checkpointed_blocks 1.0": args.checkpointed_blocks == 1,
+        "--stochastic_rounding": args.stochastic_rounding or unrounded,
+        "--use_8bit_adam": args.stochastic_rounding or args.optimizer != "adamw" or not unrounded,
+        "--ema_device cpu": sharded or args.ema_device == "cpu" or args.ema_decay in (0.0, 1.0),
+        fused: args.fused_backward_pass or unfused,
+        "--enable_vae_tiling": args.enable_vae_tiling or not args.validation_steps,
+        "--train_batch_size 1 with --gradient_accumulation_steps": single,
+        "--ema_decay 1.0": args.ema_decay == 1.0,
+        "a lower --resolution": False,
+    }
+    return [flag for flag, given in every.items() if not given]
+
+
 # -------------------------------------------------------------------------------------------------- models and batches
 def pipeline_of(family, transformer):
     """The pipeline of a transformer, without what turns prompts and pictures into tensors."""
@@ -262,8 +304,8 @@ def pipeline_of(family, transformer):
 
 def planned(model, args):
     """Pipeline and batch of one of MODELS for `args`, on the meta device."""
-    _, family, config, encoder = MODELS[model]
-    args.vlm_model_name_or_path = encoder
+    _, family, config, _ = MODELS[model]
+    args.vlm_model_name_or_path = model  # whichever it is, the sizes are the same
     lora.resolve_arguments(family, args)
     with torch.device("meta"):
         transformer = family.transformer_class(**config).to(lora.weight_dtype_of(args)).requires_grad_(False)
@@ -277,7 +319,7 @@ def planned_from_configs(args):
     lora.check_source(flag, base, args.revision)
     with lora.blamed_on(f"--{flag} {base}"):
         family = family_of(base, args.revision)
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or base  # whichever it is, the sizes are the same
+    args.vlm_model_name_or_path = args.vlm_model_name_or_path or base  # as in `planned`
     lora.resolve_arguments(family, args)
     pipeline = lora.build_without_weights(family, args)
     return pipeline, batch_of(pipeline, family.load_config(base, revision=args.revision), args)
@@ -440,7 +482,7 @@ def print_command(options, words):
     if options.gpu_gib and fits(peak, options.gpu_gib):
         print(f"It fits {options.gpu_gib:.1f} GiB.")
     elif options.gpu_gib:
-        savings = script.lora_savings(args) if script is lora else script.full_savings(args)
+        savings = lora_savings(args) if script is lora else full_savings(args)
         print(f"It does not fit {options.gpu_gib:.1f} GiB. Cheapest remedies: {', '.join(savings[:3])}.")
 
 
