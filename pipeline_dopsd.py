@@ -382,8 +382,6 @@ class DOPSDMixin:
     # what is read of the VLM
     vlm_files = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
     distilled_unless_said = True
-    # whether contexts of unequal length in one batch are masked
-    masks_contexts = True
     # to be raised when `encode_student` or `encode_teacher` give others: stored contexts are then encoded anew
     encoding_version = 1
     multimodal_encoder: MultimodalEncoder | None = None
@@ -647,7 +645,6 @@ class DOPSDFlux2KleinPipeline(DOPSDMixin, Flux2KleinPipeline):
     default_num_inference_steps = 4
     distilled_bases = "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-9B"
     distilled_unless_said = False
-    masks_contexts = False
     transformer_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     stock_layers = inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default

@@ -58,6 +58,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -71,10 +72,6 @@ import yaml
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
-# those of diffusers with a backward, and without code from the Hub
-ATTENTION_BACKENDS = ["native", *(f"_native_{kind}" for kind in ("cudnn", "efficient", "flash", "math"))]
-ATTENTION_BACKENDS += ["flash", "flash_varlen", "flex", "xformers"]
-UNMASKED = ["_native_flash", "flash", "flash_varlen", "xformers"]  # that refuse or misread the masks of a batch
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
 
@@ -168,8 +165,7 @@ def add_shared_arguments(parser):
     add("--max_grad_norm", type=number(float, low=0), default=1.0, help="Norm that gradients are clipped to. 0: none.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--checkpointed_blocks", type=number(float, above=0, high=1), default=1.0, help="Share of blocks recomputed.")
-    add("--attention_backend", choices=ATTENTION_BACKENDS, help="Attention of diffusers. Default: PyTorch's.")
-    add("--compile_blocks", action="store_true", help="Compile the repeated blocks: faster, after a slow first step.")
+    add("--compile_blocks", action="store_true", help="Compile the repeated blocks, in a slow first step.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's; with python, no.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs.")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="Seed of all that is random, at each step.")
@@ -328,7 +324,6 @@ from datasets import Dataset, Features, Value, concatenate_datasets, disable_pro
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
@@ -889,6 +884,7 @@ def encode_contexts(family, args, cache, dataset, pairs, accelerator):
     if missing[mine]:
         with blamed_on(f"--context_cache_dir {cache.folder}"):
             cache.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache.folder).close()
         encode_missing(family, args, cache, dataset, missing[mine], accelerator)
     accelerator.wait_for_everyone()
 
@@ -954,9 +950,11 @@ def check_space(cache, groups, accelerator):
 
 # ------------------------------------------------------------------------------------------------------------- method
 def state_loss(student_velocity, teacher_velocity, sigma, weighting):
-    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state. w_k
-    = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is what
-    the authors' code trains with."""
+    """w_k || u_s - sg(u_t) ||^2 of each image (B,), mean over elements; `sigma` (B,) is that of the image's state.
+
+    w_k = 1 is the paper's loss on velocities. w_k = sigma_k^2 is the same loss on x0_hat = x_t - sigma u, which is
+    what the authors' code trains with.
+    """
     weight = sigma**2 if weighting == "x0" else 1.0
     return weight * (student_velocity - teacher_velocity.detach()).square().mean(dim=(1, 2, 3))
 
@@ -1824,17 +1822,6 @@ def check_packages(args, sharded=False):
             raise ValueError("--quantization nf4 needs a GPU, which diffusers asks for; int8 does not.")
 
 
-def check_attention(family, args, batch_size):
-    """Raises ValueError for an --attention_backend that does not work on this machine, or in batches."""
-    name = args.attention_backend
-    if name in UNMASKED and family.masks_contexts and batch_size > 1:
-        raise ValueError(f"--attention_backend {name} takes no masks, which this model needs in batches of 2 or more.")
-    if name:
-        with blamed_on(f"--attention_backend {name} with these flags"), attention_backend(name):
-            query = torch.ones(1, 32, 1, 64, device=PartialState().device, dtype=weight_dtype_of(args))
-            dispatch_attention_fn(query.requires_grad_(), query, query).sum().backward()
-
-
 def resolve_arguments(family, args):
     """Fills in what the family has defaults for.
 
@@ -1933,7 +1920,7 @@ def place_of(dataset, index, caption, args):
     return f"caption {row['captions'].index(caption) + 1} of row {row['row']} ({source})"
 
 
-def check_base(args, batch_size):
+def check_base(args):
     """The base's family, and the (height, width) that pictures can have with it.
 
     Raises:
@@ -1945,7 +1932,6 @@ def check_base(args, batch_size):
         family = family_of(base, args.revision)
         multiple = family.size_multiple(family.vae_class.load_config(base, subfolder="vae", revision=args.revision))
     check_weights(flag, base, ["text_encoder", "transformer", "vae"], args.variant)
-    check_attention(family, args, batch_size)
     if args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this model.")
     return family, generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
@@ -1968,7 +1954,7 @@ def check_inputs(args):
             validate_repo_id(repository_name(args))
         if hub.get_token() is None:
             raise ValueError("--push_to_hub: log in first (hf auth login), or set HF_TOKEN.")
-    family, buckets = check_base(args, args.train_batch_size)
+    family, buckets = check_base(args)
     resolve_arguments(family, args)
     dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
@@ -2115,7 +2101,7 @@ def repeated_blocks(transformer):
 
 
 def save_memory_and_time(transformer, args):
-    """What the flags of gradient checkpointing, attention and compilation ask for."""
+    """What the flags of gradient checkpointing and compilation ask for."""
     blocks = repeated_blocks(transformer)
     recomputed = set(blocks[: math.ceil(args.checkpointed_blocks * len(blocks))])
 
@@ -2124,8 +2110,6 @@ def save_memory_and_time(transformer, args):
 
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(run)
-    if args.attention_backend:
-        transformer.set_attention_backend(args.attention_backend)
     if args.compile_blocks:
         # lengths of contexts and sizes of images, each with and without gradient
         torch._dynamo.config.recompile_limit = 64

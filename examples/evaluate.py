@@ -63,7 +63,7 @@ DATA = [
 DATA += ["dataset_num_workers", "skip_broken_images"]
 DRAWING = [
     "pretrained_model_name_or_path", "revision", "variant", "encoder_quantization", "quantization", "resolution", "context_cache_dir", "context_dtype",
-    "num_inference_steps", "attention_backend", "mixed_precision", "allow_tf32", "seed", "output_dir", "enable_vae_tiling",
+    "num_inference_steps", "mixed_precision", "allow_tf32", "seed", "output_dir", "enable_vae_tiling",
 ]  # fmt: skip
 WAYS = ["teacher_context", "teacher_image", "teacher_max_pixels", "teacher_prompt_suffix"]
 # of the same model, for the first noises of a prompt: where few steps come to the same picture, no few-step ability is
@@ -299,7 +299,7 @@ def check_inputs(args):
     dopsd.check_packages(args)
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
-    family, buckets = dopsd.check_base(args, args.drawing_batch_size)
+    family, buckets = dopsd.check_base(args)
     if args.command != "teacher":
         check_lora(family, args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps

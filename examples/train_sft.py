@@ -35,7 +35,7 @@ COMMON = {
     "resolution", "rollout_steps", "num_inference_steps",
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps",
     "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "max_grad_norm", "gradient_checkpointing", "checkpointed_blocks", "attention_backend", "compile_blocks", "mixed_precision",
+    "max_grad_norm", "gradient_checkpointing", "checkpointed_blocks", "compile_blocks", "mixed_precision",
     "allow_tf32", "seed", "output_dir",
 }  # fmt: skip
 LORA = {"rank", "lora_alpha", "use_rslora", "lora_layers", "quantization"}
@@ -138,7 +138,7 @@ def check_inputs(args, accelerator):
     there = [*dopsd.list_checkpoints(folder), *dopsd.results_in(folder), *folder.glob("transformer")]
     if there:
         raise ValueError(f"--output_dir {folder} holds {there[0].name}; choose another folder.")
-    family, buckets = dopsd.check_base(args, args.train_batch_size)
+    family, buckets = dopsd.check_base(args)
     dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], args)
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     planned = dopsd.build_without_weights(family, args)

@@ -27,7 +27,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
@@ -120,9 +119,8 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """The next Accelerator is set up by its own arguments, and attention is PyTorch's, as in a new process."""
+    """The next Accelerator is set up by its own arguments, as in a new process."""
     yield
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 

@@ -4,15 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
-import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 
-import train_dopsd_lora as script
 from conftest import ROOT, guarded_environment, save_images
-from families import HIDDEN, save_z_image
+from families import save_z_image
 from pipeline_dopsd import DOPSDZImagePipeline
 
 
@@ -122,44 +118,6 @@ def test_vlm_of_another_width(refused, wide_vlm):
 def test_flags_out_of_range(refused, flag, value):
     """The flag is named."""
     refused(f"--{flag}", value, **{flag: value})
-
-
-@pytest.mark.parametrize("name", ["sage", "_flash_3", "_flash_3_hub", "flash_4_hub", "flash_hub", "_native_xla"])
-def test_attention_without_a_backward(refused, name):
-    """The layers in front of it would stay as they are, without a word; and some backends are code from the Hub."""
-    refused("--attention_backend", f"invalid choice: '{name}'", attention_backend=name)
-
-
-@pytest.mark.parametrize("name", ["native", "_native_math"])
-def test_attention_backends_have_a_backward(pipeline, name):
-    """Those of the list that run without a GPU give every layer the gradient of the default."""
-    transformer, gradients = pipeline.transformer, []
-    assert name in script.ATTENTION_BACKENDS and set(script.ATTENTION_BACKENDS) <= {
-        b.value for b in AttentionBackendName
-    }
-    for backend in (None, name):
-        args = types.SimpleNamespace(
-            gradient_checkpointing=False, checkpointed_blocks=1.0, attention_backend=backend, compile_blocks=False
-        )
-        script.save_memory_and_time(transformer, args)
-        contexts = [{"prompt_embeds": torch.ones(5, HIDDEN)}]
-        transformer.zero_grad()
-        pipeline.velocity(transformer, torch.ones(1, 4, 8, 8), torch.tensor(500.0), contexts).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in transformer.named_parameters() if ".to_" in n})
-    transformer.reset_attention_backend()  # it holds for the whole process
-    assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(("changes", "words"), [({"train_batch_size": 2}, "takes no masks"), ({}, "with these flags")])
-def test_attention_that_misreads_masks(refused, changes, words):
-    """xformers adds a mask of true and false to the scores: pictures are taught to look at padding, in silence."""
-    refused("--attention_backend xformers", words, attention_backend="xformers", **changes)
-
-
-def test_attention_that_this_machine_lacks(refused):
-    """Its package is there, but no kernel for the device: the first step would fail, after weights are loaded."""
-    refused("--attention_backend _native_efficient", "with these flags", attention_backend="_native_efficient")
 
 
 def test_no_data_or_two_kinds(refused, images):

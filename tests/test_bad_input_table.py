@@ -345,7 +345,6 @@ OTHERS = [
     ({"teacher_context": "edit"}, ["--teacher_context edit"]),
     ({"quantization": "int8"}, ["--quantization int8", "bf16"]),
     ({"encoder_quantization": "nf4"}, ["--encoder_quantization nf4", "bf16"]),
-    ({"attention_backend": "sage"}, ["--attention_backend"]),
     ({"resume_from_checkpoint": "nowhere"}, ["--resume_from_checkpoint nowhere"]),
     ({"no_such_flag": 1}, ["--no_such_flag"]),
     ({"report_to": "paper"}, ["--report_to"]),
@@ -547,7 +546,6 @@ def test_combinations(train, error_of, tmp_path, changes, words):
         if {
             "instance_data_dir",
             "dataset_name",
-            "attention_backend",
             "no_such_flag",
             "report_to",
             "reference_column",

@@ -359,7 +359,6 @@ def test_full_model_is_reported(train_full, evaluate, tmp_path):
     ("paper", {"paper_prompts": "missing.jsonl"}, "--paper_prompts missing.jsonl"),
     ("report", {"instance_data_dir": "missing"}, "--instance_data_dir missing"),
     ("paper", {"judge": "nobody/none"}, "--judge nobody/none"),
-    ("report", {"attention_backend": "flash"}, "--attention_backend flash"),
     ("teacher", {"hidden_layer": [60]}, "--hidden_layer 60: this VLM has 3 layers; give -4 to 3."),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_before_weights_load(command, change, words, reported, evaluate, monkeypatch):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackend
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
@@ -160,10 +158,8 @@ def test_means_of_saving_memory_are_honoured(sft, monkeypatch):
         "mixed_precision": "bf16",
         "quantization": "int8",
         "encoder_quantization": "int8",
-        "attention_backend": "_native_math",
     }
     folder = sft("out", "--gradient_checkpointing", checkpointed_blocks=0.5, max_train_steps=1, **changes)
-    AttentionBackend.set_active_backend(AttentionBackendName.NATIVE)
     assert len(set(seen)) == 2 and quantised[0]  # of four blocks
     assert all(torch.isfinite(weight).all() for weight in load_file(folder / LORA).values())
 
@@ -192,7 +188,6 @@ def test_mistake_ends_in_one_line(tmp_path, subprocess_env, base):
     [
         ({"pretrained_model_name_or_path": "no//typo"}, ["--pretrained_model_name_or_path no//typo is no folder"]),
         ({"pretrained_model_name_or_path": "{tmp}/base"}, ["--pretrained_model_name_or_path", "base", "no weights"]),
-        ({"attention_backend": "flash"}, ["--attention_backend flash", "install"]),
         ({"output_dir": "{images}/out"}, ["--output_dir", "--instance_data_dir", "choose another folder"]),
         ({"output_dir": "{tmp}/taken"}, ["--output_dir", "taken is in use by", "choose another folder"]),
         ({"output_dir": "{tmp}/lora"}, [f"lora holds {LORA}; choose another folder"]),

@@ -55,7 +55,7 @@ def bench(**changes):
         "ema_decay": 0.9999,
         "loss_weighting": "velocity",
     }
-    defaults |= {"gradient_accumulation_steps": 1, "attention_backend": None, "compile_blocks": False}
+    defaults |= {"gradient_accumulation_steps": 1, "compile_blocks": False}
     return SimpleNamespace(**{**defaults, **changes})
 
 
@@ -296,7 +296,6 @@ def test_training_with_quantised_encoders(train_any, nf4_of_small_layers, tmp_pa
         ({"offloaded_blocks": 0.5}, ["--offloaded_blocks", "--gradient_checkpointing"]),
         ({"encoder_quantization": "int8"}, ["--encoder_quantization int8", "--mixed_precision bf16"]),
         ({"quantization": "int8"}, ["--quantization int8", "--mixed_precision bf16"]),
-        ({"attention_backend": "flash"}, ["--attention_backend flash", "install"]),
         ({"checkpointed_blocks": 0}, ["--checkpointed_blocks"]),
     ],
 )
@@ -438,7 +437,6 @@ def test_flags_that_need_more_change_the_batch(tmp_path, model, flags, more):
         ("encoders --recipe z_image_turbo_24gb", "--recipe goes with lora alone"),
         ("lora --recipe nothing", "--recipe nothing is none of"),
         ("lora --recipe z_image_turbo_24gb --compile_blocks", "--compile_blocks"),
-        ("lora --recipe z_image_turbo_24gb --attention_backend _native_math", "--attention_backend _native_math"),
         ("lora --recipe z_image_turbo_24gb --resolution 1000", "--resolution 1000 must be a multiple of 16"),
         ("lora --recipe z_image_turbo_24gb --pretrained_model_name_or_path mine", "memory.py command"),
         ("lora --recipe z_image_turbo_24gb --teacher_context edit", "--teacher_context edit"),

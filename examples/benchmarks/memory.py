@@ -155,7 +155,7 @@ def lora_bytes(pipeline, batch, args):
     """
     transformer, targets = pipeline.transformer, lora.find_lora_targets(pipeline, args)
     frozen = list(transformer.parameters())
-    lora.save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None}))
+    lora.save_memory_and_time(transformer, args)
     _, parameters = lora.add_lora(pipeline, targets, args)
     transformer.to(lora.weight_dtype_of(args))  # autocast would compute so with the LoRA, too
     half = parameters[0].element_size()
@@ -220,7 +220,7 @@ def full_bytes(pipeline, batch, args):
     """As `lora_bytes`, of full fine-tuning: those of `held_bytes` and of the `activations`."""
     transformer = pipeline.transformer.requires_grad_(True)
     parameters = list(transformer.parameters())
-    full.save_memory_and_time(transformer, argparse.Namespace(**{**vars(args), "attention_backend": None}))
+    full.save_memory_and_time(transformer, args)
     if args.fused_backward_pass:
         full.fuse_updates(parameters, argparse.Namespace(step=lambda: None))
     teacher = argparse.Namespace(network=lambda: contextlib.nullcontext(transformer))
@@ -365,10 +365,6 @@ def check_calculable(args):
     precision."""
     if args.compile_blocks:
         raise ValueError("--compile_blocks: what compiled blocks keep is not known; leave it out.")
-    if args.attention_backend and "math" in args.attention_backend:
-        raise ValueError(
-            f"--attention_backend {args.attention_backend} makes a matrix of scores, which is not counted; leave it out."
-        )
     for name in ("quantization", "encoder_quantization", "stochastic_rounding"):
         if getattr(args, name, None) and args.mixed_precision != "bf16":
             raise ValueError(f"--{name} computes in bf16: give --mixed_precision bf16.")

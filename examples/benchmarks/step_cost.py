@@ -210,7 +210,6 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_args()
     args.loss_weighting, args.gradient_accumulation_steps, args.seed = "velocity", 1, 0
-    args.attention_backend = None
     args.compile_blocks = False
     args.lora_alpha = args.rank
     args.use_rslora = False
