@@ -72,6 +72,7 @@ import yaml
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False}
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
 
@@ -238,6 +239,8 @@ def check_arguments(parser, args, words):
         values = value if isinstance(value, list) else [value]
         if name != "teacher_prompt_suffix" and not all(str(one).strip() for one in values):
             parser.error(f"--{name} is empty")
+        if str(value).startswith("~/"):  # of a file, or behind an equals sign
+            setattr(args, name, os.path.expanduser(value))
         if str(value).startswith(".../"):  # see `public_settings`
             parser.error(f"--{name} {value}: the path was shortened; give the whole one")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
@@ -247,25 +250,35 @@ def with_config(parser, words):
     """The words of a command line behind those of its --config file."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config, given = first.parse_known_args(words)[0].config, []
+    config, given = first.parse_known_args(words)[0].config, {}
     if not config:
         return words
     try:
-        settings = {**yaml.safe_load(Path(config).read_text("utf-8"))}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        # nodes hold what is written, such as no, 1.10 or 0123, as a command line does
+        entries = yaml.compose(Path(config).read_text("utf-8"), yaml.BaseLoader).value
+        entries = [(key.value, value) for key, value in entries]
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         parser.error(f"--config {config} cannot be read as YAML with flags as keys ({error})")
-    for name, value in settings.items():
+    for name, node in entries:
         flag = parser._option_string_actions.get(f"--{name}")
+        texts = [one.value for one in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
         if flag is None or name in ("config", "help"):
             parser.error(f"--config {config}: there is no flag --{name}")
-        if isinstance(value, bool) and flag.nargs != 0:
-            value = "yes" if value else "no"  # as it was written: `mixed_precision: no`
-        if isinstance(value, list) and len(value) != 1:
-            given += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            one = value[0] if isinstance(value, list) else value
-            given.append(f"--{name}" if one is True else f"--{name}={one}")  # which may begin with a dash
-    return [*given, *words]
+        if name in given:
+            parser.error(f"--config {config} has {name} twice")
+        if not all(isinstance(text, str) for text in texts) or len(texts) != 1 and flag.nargs != "+":
+            parser.error(f"--config {config}: {name} takes {'a list of texts' if flag.nargs == '+' else 'one text'}")
+        if len(texts) > 1 and (dashed := [text for text in texts if text.startswith("-")]):
+            parser.error(f"--config {config}: in a list, no text of {name} begins with a dash, as {dashed[0]} does")
+        if flag.nargs == 0 and texts[0] not in SWITCHES:
+            parser.error(f"--config {config}: {name} is true or false, not {texts[0]}")
+        if flag.nargs == 0:
+            given[name] = [f"--{name}"] * SWITCHES[texts[0]]
+        elif node.value in ("", "~", "null") and node.style is None:
+            given[name] = []
+        else:  # one text may begin with a dash
+            given[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+    return [*itertools.chain(*given.values()), *words]
 
 
 def parse_args(input_args=None):
@@ -347,6 +360,8 @@ SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
 OPTIMIZER_NAME = "optimizer.bin"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
+# flags whose defaults are the family's
+FOLLOWING = ["num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"]
 # flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and
 # savings of memory that change no result
 MAY_CHANGE = set(
@@ -391,6 +406,8 @@ def blamed_on(what):
 def read_folder(folder, args):
     """The columns of `read_dataset` of a folder of images. Raises ValueError that names the file and the line."""
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    if wrong := [p.name for p in files if p.name.encode(errors="ignore").decode() != p.name]:
+        raise ValueError(f"--instance_data_dir {folder}: {wrong[0]!a} is no name in UTF-8; rename the file.")
     metadata = [p for p in files if p.name.lower() in METADATA_NAMES]
     if len(metadata) > 1 or (metadata and metadata[0].name not in METADATA_NAMES):
         raise ValueError(f"{metadata[-1]}: captions stand in one {' or '.join(METADATA_NAMES)}, in small letters.")
@@ -408,8 +425,9 @@ def read_folder(folder, args):
         references = as_list(row.get(columns.get(args.reference_column)))
         references = [path_in(folder, name, place) for name in references]
         captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
-        # the size and time of each file make the cache of `inspect_images` a cache of these very images
-        stamp = [number for stat in map(os.stat, [path, *references]) for number in (stat.st_size, stat.st_mtime_ns)]
+        # size and times of each file, that of its renaming too, make the cache of `inspect_images` one of these images
+        stats = map(os.stat, [path, *references])
+        stamp = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
         rows.append({"image": str(path), "references": list(map(str, references)), "stamp": stamp})
     used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
@@ -743,7 +761,7 @@ def fingerprint(model, patterns, revision, noted):
     options = {"revision": revision, "allow_patterns": patterns}
     folder = Path(model if os.path.isdir(model) else snapshot_download(model, **options))
     files, known = {}, {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         known = {**json.loads(noted.read_text())}
     before = len(known)
     for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
@@ -1236,10 +1254,13 @@ class Training:
             self.write_states(self.optimizer.optimizer.state_dict(), folder / OPTIMIZER_NAME)
 
     def write_states(self, state, path):
-        """Of the optimiser and the gradient scaler. Given a path, torch raises no OSError where the disk is full."""
+        """Of the optimiser and the gradient scaler."""
         scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
-        with path.open("wb") as file:
-            torch.save({"optimizer": state, **scaler}, file)
+        try:
+            with path.open("wb") as file:
+                torch.save({"optimizer": state, **scaler}, file)
+        except RuntimeError as error:  # torch cannot close a file that a full disk broke off
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def read(self, folder):
         """Loads what `write` wrote. Nothing in it can run code."""
@@ -1360,8 +1381,8 @@ def check_resume(state, identity, args):
     """Raises ValueError where going on from a checkpoint would be another training; see `MAY_CHANGE`."""
     checkpoint = state["path"]
     ours, theirs = vars(args), state["settings"]
-    # flags that follow from others are None, and come last; one that another version had, or has not, counts as None
-    for name in sorted({*ours, *theirs} - MAY_CHANGE, key=lambda name: (ours.get(name) is None, name)):
+    # flags that follow from others come last; one that another version had, or has not, counts as None
+    for name in sorted({*ours, *theirs} - MAY_CHANGE, key=lambda name: (name in (*FOLLOWING, "lora_alpha"), name)):
         if ours.get(name) != theirs.get(name):
             raise ValueError(f"--{name} is {ours.get(name)}, but {checkpoint} was trained with {theirs.get(name)}.")
     for name, value in identity.items():
@@ -1432,7 +1453,7 @@ def save_checkpoint(training, args, step):
         checkpoints = list_checkpoints(folder)
         whole = checkpoints[: checkpoints.index(final) + 1]  # later ones are damaged
         for old in whole[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -1459,9 +1480,11 @@ def public_settings(args):
 
 
 def settings_to_share(args):
-    """`public_settings` without what follows from the base or the rank: with another one, other defaults apply."""
+    """`public_settings` without what follows from the base or the rank, as with another one other defaults apply, and
+    without what is asked for once."""
     family, settings = family_of(args.pretrained_model_name_or_path, args.revision), public_settings(args)
-    for name in ("num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"):
+    settings |= {"overwrite_output_dir": False, "resume_from_checkpoint": None, "push_to_hub": False}
+    for name in FOLLOWING:
         resolve_arguments(family, own := argparse.Namespace(**vars(args) | {name: None}))
         settings[name] = None if getattr(own, name) == getattr(args, name) else settings[name]
     if args.vlm_model_name_or_path in family.vlms.values():
@@ -1510,8 +1533,7 @@ def save_repository_files(pipeline, args):
 # ------------------------------------------------------------------------------------------------------ card and push
 def gallery(dataset, args):
     """File name -> prompt of the pictures in `samples` that `log_validation` writes."""
-    pairs = validation_pairs(dataset, args) if args.validation_steps else []
-    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
+    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(validation_pairs(dataset, args))}
 
 
 def card_data(args, samples, tags):
@@ -1558,6 +1580,9 @@ def save_card(args, samples, step, describe, name):
     images = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     given = "text and reference images" if args.reference_column else "text alone"
     way = {"vlm": "in its prompt", "edit": "as a reference"}[args.teacher_context]
+    teacher = "the base" if args.ema_decay == 1 else f"an average of the student with decay {args.ema_decay}"
+    prior = f"One batch in {args.prior_every} was of ordinary prompts, without an image."
+    prior = "" if args.prior_prompts == "none" else prior
     shortened = {name: value for name, value in public_settings(args).items() if str(value).startswith(".../")}
     again = [word for name, value in shortened.items() for word in (f"--{name}", Path(value).name)]
     command = ["accelerate", "launch", Path(__file__).name, "--config", SETTINGS_NAME, *again]
@@ -1580,7 +1605,7 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
-The teacher, an average of the student with decay {args.ema_decay}, saw a training image {way}.
+The teacher, {teacher}, saw a training image {way}. {prior}
 All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). The command that reads them, with paths of your own:
 
 ```bash
@@ -1654,9 +1679,10 @@ def describe_lora(args, name):
     """What the LoRA in the folder or repository `name` is, lines of code that load it, and tags for its card."""
     about = f"LoRA of rank {args.rank} for {public_settings(args)['pretrained_model_name_or_path']}"
     given = {"revision": args.revision, "variant": args.variant}
-    given = "".join(f", {flag}={json.dumps(value)}" for flag, value in given.items() if value)
-    base = f"{json.dumps(args.pretrained_model_name_or_path)}{given}, dtype=torch.bfloat16"
-    loading = f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({json.dumps(name)})"
+    text = functools.partial(json.dumps, ensure_ascii=False)
+    given = "".join(f", {flag}={text(value)}" for flag, value in given.items() if value)
+    base = f"{text(args.pretrained_model_name_or_path)}{given}, dtype=torch.bfloat16"
+    loading = f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({text(name)})"
     return about, loading, ["lora", "template:sd-lora"]
 
 
@@ -1791,7 +1817,7 @@ def check_contexts(family, args, dataset, pairs):
             if without + len(text.encode()) > limit and (length := length_of()) > limit:
                 place = place_of(dataset, index, caption, args)
                 told = f"The context of {place}, {prompt[:60]!r}, has {length} tokens, at most {limit}"
-                raise ValueError(f"{told}. Shorten it{remedy}.")
+                raise ValueError(f"{told}. Shorten it{' or --teacher_prompt_suffix' * bool(suffix)}{remedy}.")
 
 
 def place_of(dataset, index, caption, args):
@@ -1854,6 +1880,8 @@ def check_inputs(args):
             micro_steps += (micro_steps - 1) // (args.prior_every - 1)
         args.max_train_steps = math.ceil(micro_steps / args.gradient_accumulation_steps)
         args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
+    if args.lr_warmup_steps >= args.max_train_steps:
+        raise ValueError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {args.max_train_steps} steps.")
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")
     check_references(family, args, dataset)
@@ -1997,7 +2025,8 @@ def build_without_weights(family, args):
 
 def find_lora_targets(pipeline, args):
     """Names of the layers that --lora_layers asks for. Raises ValueError for a name that matches none."""
-    return pipeline.lora_targets(pipeline.transformer, args.lora_layers.split(",") if args.lora_layers else None)
+    names = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else None
+    return pipeline.lora_targets(pipeline.transformer, names)
 
 
 def offloaded_blocks(transformer, args):

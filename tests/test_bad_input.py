@@ -1,6 +1,7 @@
 """Input that cannot work: one clear error before any weights load, and nothing lost."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,19 @@ def test_vlm_of_another_width(refused, wide_vlm):
 def test_flags_out_of_range(refused, flag, value):
     """The flag is named."""
     refused(f"--{flag}", value, **{flag: value})
+
+
+def test_warm_up_beyond_the_end(refused):
+    """The whole run would be a fraction of the rate."""
+    changes = {"lr_scheduler": "cosine", "lr_warmup_steps": 500, "max_train_steps": 2}
+    refused("--lr_warmup_steps 500", "the run has 2 steps", **changes)
+
+
+def test_file_name_that_is_no_text(refused, images, tmp_path):
+    """datasets ends in twenty lines that name no file."""
+    folder = shutil.copytree(images, tmp_path / "copy")
+    shutil.copy(next(folder.glob("*.png")), os.fsencode(folder) + b"/caf\xe9.png")
+    refused("--instance_data_dir", "udce9", "rename", instance_data_dir=folder)
 
 
 def test_no_data_or_two_kinds(refused, images):

@@ -222,6 +222,14 @@ def test_link_to_a_checkpoint_is_that_checkpoint(trainer, output):
     refused(trainer, output, "checkpoint-1", "checkpoint-3", resume_from_checkpoint=output / "best", max_train_steps=4)
 
 
+def test_linked_checkpoint_gives_way_to_the_limit(trainer, output, tmp_path):
+    """Each run would end one step later, with the advice to resume."""
+    shutil.move(output / "checkpoint-1", tmp_path / "moved")
+    (output / "checkpoint-1").symlink_to(tmp_path / "moved")
+    trainer(output, resume_from_checkpoint="latest", max_train_steps=4, checkpoints_total_limit=1, learning_rate=None)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"] and (tmp_path / "moved").is_dir()
+
+
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output, tmp_path):
     """--overwrite_output_dir on a folder with somebody's notes in it must not cost the notes."""
     for name in ("notes.txt", ".mine.tmp", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -403,6 +404,20 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         draw("ellipse", "black").save(folder / "a.png")
         changed = script.inspect_images(read_dataset(args), buckets, args)
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
+
+
+def test_exchanged_images_are_seen(flags, tmp_path):
+    """Of two files of equal size and time, as a ZIP may leave them, each would be trained with the other's caption."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (32, 32), name).save(folder / f"{name}.bmp")
+        os.utime(folder / f"{name}.bmp", (1, 1))
+    args = script.parse_args(flags(tmp_path / "out", instance_data_dir=folder, instance_prompt="a"))
+    first = script.inspect_images(read_dataset(args), [(32, 32)], args)["image_hash"][:]
+    for old, new in (("red", "third"), ("blue", "red"), ("third", "blue")):
+        (folder / f"{old}.bmp").rename(folder / f"{new}.bmp")
+    assert script.inspect_images(read_dataset(args), [(32, 32)], args)["image_hash"][:] == first[::-1]
 
 
 def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):

@@ -293,6 +293,27 @@ def test_no_is_no_in_a_config_file(tmp_path):
     assert args.mixed_precision == "no" and args.push_to_hub is False
 
 
+def test_config_file_is_read_as_it_is_written(tmp_path, monkeypatch):
+    """YAML makes 20241105, 1.1, 83 and yes of these: another folder, another seed, another caption."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: 2024_11_05\nhub_model_id: 1.10\nseed: 0123\ninstance_prompt: on\nvalidation_prompt: [a, yes]\n"
+        "random_flip: true\nrevision: null\nteacher_prompt_suffix: ''\ninstance_data_dir: ~/images\npush_to_hub: true\n"
+    )
+    args = script.parse_args(["--config", str(tmp_path / "run.yaml"), "--pretrained_model_name_or_path", "-"])
+    assert (args.output_dir, args.hub_model_id, args.seed) == ("2024_11_05", "1.10", 123)
+    assert (args.instance_prompt, args.validation_prompt, args.random_flip) == ("on", ["a", "yes"], True)
+    assert (args.revision, args.teacher_prompt_suffix) == (None, "")
+    assert args.instance_data_dir == str(tmp_path / "images")
+
+
+def test_settings_do_not_ask_again_to_remove_a_run(train, base, images, tmp_path):
+    """Who goes on from the settings of a run that once overwrote another would lose the run."""
+    folder = train(tmp_path / "out", "--overwrite_output_dir", max_train_steps=1)
+    settings = json.loads((folder / "dopsd_settings.json").read_text())
+    assert not any(settings[n] for n in ("overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"))
+
+
 def test_validation_picture_says_what_it_shows(trained):
     """Which of three columns is the student?"""
     whole = np.asarray(Image.open(trained / "validation" / "step-000012.png").convert("L"))
