@@ -577,6 +577,8 @@ def load_image(source):
     name = source["path"] or "An image of the dataset"
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]))
+        if image.mode == "F":
+            raise ValueError("it has no range of its own; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip at 255
             image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:

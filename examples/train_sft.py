@@ -207,6 +207,7 @@ def main(args):
                 full.save_pipeline(pipeline.transformer, family, args)
             else:
                 dopsd.save_lora(pipeline, pipeline.transformer, targets, args, args.output_dir)
+    dopsd.logger.info(f"The result is in {args.output_dir}.")
     lock.release()
 
 

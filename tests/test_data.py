@@ -406,6 +406,13 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]
 
 
+def test_float_picture_is_refused(tmp_path):
+    """Values from 0 to 1 would be trained as black."""
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(script.InputError, match="a.tiff .* 8 or 16 bits"):
+        script.load_image({"path": str(tmp_path / "a.tiff"), "bytes": None})
+
+
 def test_exchanged_images_are_seen(flags, tmp_path):
     """Of two files of equal size and time, as a ZIP may leave them, each would be trained with the other's caption."""
     folder = tmp_path / "images"
