@@ -1853,7 +1853,7 @@ def resolve_arguments(family, args):
     """Fills in what the family has defaults for.
 
     Raises:
-        ValueError: the family has no such teacher, takes no reference images, or knows no VLM for the base.
+        ValueError: the family has no such teacher, or takes no reference images.
     """
     args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
     args.teacher_context = args.teacher_context or family.teacher_contexts[0]
@@ -1867,6 +1867,11 @@ def resolve_arguments(family, args):
         raise ValueError("--reference_column: this model takes no reference images.")
     if args.teacher_prompt_suffix is None:
         args.teacher_prompt_suffix = family.default_teacher_suffixes[args.teacher_context]
+
+
+def find_vlm(family, args):
+    """Fills in the VLM of the size of the base's text encoder, if the teacher needs one. Raises ValueError where the
+    family knows none."""
     if args.teacher_context == "vlm" and not args.vlm_model_name_or_path:
         base = {"subfolder": "text_encoder", "revision": args.revision}
         with blamed_on(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
@@ -1983,6 +1988,7 @@ def check_inputs(args):
             raise ValueError("--push_to_hub: log in first (hf auth login), or set HF_TOKEN.")
     family, buckets = check_base(args)
     resolve_arguments(family, args)
+    find_vlm(family, args)
     dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
         batches = epoch_order(layouts_of(dataset, args), images_per_micro_step(args), args.seed, 0)

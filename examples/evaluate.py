@@ -661,6 +661,7 @@ def ways_of(family, dataset, args):
         }
         way = argparse.Namespace(**{**vars(args), **given, "teacher_prompt_suffix": suffix})
         dopsd.resolve_arguments(family, way)
+        dopsd.find_vlm(family, way)
         if image == "other" and len(dataset) < 2:
             raise ValueError("--teacher_image other needs at least two training images.")
         name = f"{context}, {image}"

@@ -22,6 +22,7 @@ import train_dopsd_lora as dopsd  # first: it silences what libraries say while 
 import diffusers
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
@@ -88,15 +89,7 @@ def draw(latents, contexts, count, rng, shift, device):
     sigmas = shift * u / (1 + (shift - 1) * u)
     noise = torch.randn(latents.shape, generator=rng)
     s = sigmas.view(-1, 1, 1, 1)
-    drawn = ((1 - s) * latents + s * noise, sigmas, noise - latents)
-    states, sigmas, velocities = (to_device(tensor, device) for tensor in drawn)
-    captions = [{name: to_device(tensor, device) for name, tensor in c.items()} for c in captions]
-    return states, captions, sigmas, velocities
-
-
-def to_device(tensor, device):
-    """`tensor` on `device`; a GPU fetches it from pinned memory, while the processor goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return send_to_device(((1 - s) * latents + s * noise, captions, sigmas, noise - latents), device)
 
 
 def micro_batches(examples, size):

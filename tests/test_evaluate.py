@@ -31,7 +31,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import train_dopsd_lora as script
 from conftest import LORA, ROOT, guarded_environment
 from hub_stand_in import HubStandIn
-from pipeline_dopsd import PRIOR_PROMPTS
+from pipeline_dopsd import PRIOR_PROMPTS, DOPSDMixin
 
 
 sys.path.append(str(ROOT / "examples" / "miniature"))
@@ -136,13 +136,13 @@ def reported(train, evaluate, tmp_path_factory):
 
 def drawn_by(monkeypatch):
     """Counts the pictures that are drawn from here on."""
-    count, sample = [], instruments.family_of.__globals__["DOPSDMixin"].sample
+    count, sample = [], DOPSDMixin.sample
 
     def counting(self, transformer, contexts, latents, steps):
         count.append(len(contexts))
         return sample(self, transformer, contexts, latents, steps)
 
-    monkeypatch.setattr(instruments.family_of.__globals__["DOPSDMixin"], "sample", counting)
+    monkeypatch.setattr(DOPSDMixin, "sample", counting)
     return count
 
 

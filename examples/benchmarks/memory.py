@@ -305,7 +305,6 @@ def pipeline_of(family, transformer):
 def planned(model, args):
     """Pipeline and batch of one of MODELS for `args`, on the meta device."""
     _, family, config, _ = MODELS[model]
-    args.vlm_model_name_or_path = model  # whichever it is, the sizes are the same
     lora.resolve_arguments(family, args)
     with torch.device("meta"):
         transformer = family.transformer_class(**config).to(lora.weight_dtype_of(args)).requires_grad_(False)
@@ -319,7 +318,6 @@ def planned_from_configs(args):
     lora.check_source(flag, base, args.revision)
     with lora.blamed_on(f"--{flag} {base}"):
         family = family_of(base, args.revision)
-    args.vlm_model_name_or_path = args.vlm_model_name_or_path or base  # as in `planned`
     lora.resolve_arguments(family, args)
     pipeline = lora.build_without_weights(family, args)
     return pipeline, batch_of(pipeline, family.load_config(base, revision=args.revision), args)
