@@ -226,7 +226,7 @@ def test_linked_checkpoint_gives_way_to_the_limit(trainer, output, tmp_path):
     """Each run would end one step later, with the advice to resume."""
     shutil.move(output / "checkpoint-1", tmp_path / "moved")
     (output / "checkpoint-1").symlink_to(tmp_path / "moved")
-    trainer(output, resume_from_checkpoint="latest", max_train_steps=4, checkpoints_total_limit=1, learning_rate=None)
+    trainer(output, resume_from_checkpoint="latest", max_train_steps=4, checkpoints_total_limit=1)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"] and (tmp_path / "moved").is_dir()
 
 
