@@ -2008,10 +2008,12 @@ def check_inputs(args):
         pairs += [pair for pair in validation_pairs(dataset, args) if pair not in pairs]
     prior = prior_pairs(*read_prior_prompts(args), len(dataset))
     pairs += prior
-    counts = {"images": len(dataset), "picture sizes": len(set(map(tuple, dataset["bucket"][:])))}
+    sizes = len(set(map(tuple, dataset["bucket"][:])))
+    counts = {"images": len(dataset), "picture sizes": sizes if sizes > 1 else 0}
     counts |= {"captions": sum(map(len, captions)), "references": sum(map(len, dataset["reference_hashes"][:]))}
     counts["prior prompts"] = len({prompt for _, prompt in prior})
-    logger.info(f"Training on {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}.")
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    logger.info(f"Training {args.pretrained_model_name_or_path} on {told}.")
     if len(dataset) > 1 and len({caption for own in captions for caption in own}) == 1:
         advice = "Captions that say what else each image shows teach more: see README.md."
         logger.info(f"All images have the same caption. {advice}")

@@ -179,11 +179,11 @@ def test_what_is_used_and_what_is_left_out_is_said(train, tmp_path, caplog, form
     )
     told = " ".join(caplog.messages)
     if form == "texts":
-        assert "Training on 4 images, 1 picture sizes, 5 captions, 3 prior prompts." in told
+        assert " on 4 images, 5 captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 2 files (e.gif, sub/f.png)." in told
     else:
         count = 4 if form == "metadata" else 2
-        assert f"Training on 2 images, 1 picture sizes, {count} captions, 3 prior prompts." in told
+        assert f" on 2 images, {count} captions, 3 prior prompts." in told
         assert f"Not used of {folder}: 8 files (a.txt, b.png, b.txt, c.png, c.txt, ..)." in told
     assert ("same caption" in told) == (form == "one caption")
 
