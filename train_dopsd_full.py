@@ -176,7 +176,7 @@ def add_shared_arguments(parser):
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote, except contexts.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep. Default of train_dopsd_full.py: 2.")
-    add("--resume_from_checkpoint", help="A checkpoint folder, or latest: the newest in OUTPUT_DIR, if there is one.")
+    add("--resume_from_checkpoint", help="A checkpoint: folder, name in OUTPUT_DIR, or latest: the newest, if any.")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
     add("--validation_steps", type=STEP, default=250, help="Steps between validations, from step 0. 0: none.")
     add("--num_validation_images", type=COUNT, default=4, help="Rows of the picture without --validation_prompt.")
@@ -242,6 +242,9 @@ def check_arguments(parser, args, words):
         if str(value).startswith(".../"):  # see `public_settings`
             parser.error(f"--{name} {value}: the path was shortened; give the whole one")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
+    if (asked := args.resume_from_checkpoint) and not os.path.isdir(asked):  # checkpoint-500, as in diffusers' scripts
+        inside = os.path.join(args.output_dir, asked)
+        args.resume_from_checkpoint = inside if os.path.isdir(inside) else asked
 
 
 def check_full_arguments(parser, args):

@@ -222,6 +222,12 @@ def test_link_to_a_checkpoint_is_that_checkpoint(trainer, output):
     refused(trainer, output, "checkpoint-1", "checkpoint-3", resume_from_checkpoint=output / "best", max_train_steps=4)
 
 
+def test_checkpoint_is_found_by_its_name(trainer, output):
+    """diffusers' scripts take `checkpoint-500`; users of theirs would be told that there is none."""
+    trainer(output, resume_from_checkpoint="checkpoint-3", max_train_steps=4)
+    assert (output / "checkpoint-4").is_dir()
+
+
 def test_linked_checkpoint_gives_way_to_the_limit(trainer, output, tmp_path):
     """Each run would end one step later, with the advice to resume."""
     shutil.move(output / "checkpoint-1", tmp_path / "moved")
