@@ -18,17 +18,21 @@ import re
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# first: it silences what libraries say while they are imported
+from train_dopsd_lora import apply_umask, blamed_on, check_source
+
+
+# isort: split
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from pipeline_dopsd import LORA_WEIGHT_NAME, family_of  # noqa: E402
-from train_dopsd_lora import apply_umask, blamed_on, check_source  # noqa: E402
+from pipeline_dopsd import LORA_WEIGHT_NAME, family_of
 
 
 PEFT = re.compile(

@@ -30,18 +30,21 @@ import unittest.mock
 import weakref
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_dopsd_lora as lora  # first: it silences what libraries say while they are imported
+
+
+# isort: split
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import train_dopsd_full as full  # noqa: E402
-import train_dopsd_lora as lora  # noqa: E402
-from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDKrea2Pipeline, DOPSDZImagePipeline, family_of  # noqa: E402
+import train_dopsd_full as full
+from pipeline_dopsd import DOPSDFlux2KleinPipeline, DOPSDKrea2Pipeline, DOPSDZImagePipeline, family_of
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -49,7 +49,17 @@ import unittest.mock
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_dopsd_lora as lora  # first: it silences what libraries say while they are imported
+
+
+# isort: split
 import diffusers
+import memory
+import step_cost
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -61,14 +71,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, Qwen2Tokenizer, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
-import memory  # noqa: E402
-import step_cost  # noqa: E402
-
-import train_dopsd_full as full  # noqa: E402
-import train_dopsd_lora as lora  # noqa: E402
+import train_dopsd_full as full
 
 
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "torchao"]
