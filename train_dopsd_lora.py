@@ -72,7 +72,7 @@ import yaml
 QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
 
@@ -244,9 +244,8 @@ def check_arguments(parser, args, words):
         if str(value).startswith(".../"):  # see `public_settings`
             parser.error(f"--{name} {value}: the path was shortened; give the whole one")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
-    if (asked := args.resume_from_checkpoint) and not os.path.isdir(asked):  # checkpoint-500, as in diffusers' scripts
-        inside = os.path.join(args.output_dir, asked)
-        args.resume_from_checkpoint = inside if os.path.isdir(inside) else asked
+    if re.fullmatch(r"checkpoint-\d+", args.resume_from_checkpoint or ""):  # as diffusers' scripts take it
+        args.resume_from_checkpoint = os.path.join(args.output_dir, args.resume_from_checkpoint)
 
 
 def with_config(parser, words):
@@ -263,6 +262,8 @@ def with_config(parser, words):
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         parser.error(f"--config {config} cannot be read as YAML with flags as keys ({error})")
     for name, node in entries:
+        if node.value in ("", "~", "null", "Null", "NULL") and node.style is None:
+            continue
         flag = parser._option_string_actions.get(f"--{name}")
         texts = [one.value for one in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
         if flag is None or name in ("config", "help"):
@@ -273,12 +274,10 @@ def with_config(parser, words):
             parser.error(f"--config {config}: {name} takes {'a list of texts' if flag.nargs == '+' else 'one text'}")
         if len(texts) > 1 and (dashed := [text for text in texts if text.startswith("-")]):
             parser.error(f"--config {config}: in a list, no text of {name} begins with a dash, as {dashed[0]} does")
-        if flag.nargs == 0 and texts[0] not in SWITCHES:
+        if flag.nargs == 0 and texts[0].lower() not in SWITCHES:
             parser.error(f"--config {config}: {name} is true or false, not {texts[0]}")
         if flag.nargs == 0:
-            given[name] = [f"--{name}"] * SWITCHES[texts[0]]
-        elif node.value in ("", "~", "null") and node.style is None:
-            given[name] = []
+            given[name] = [f"--{name}"] * SWITCHES[texts[0].lower()]
         else:  # one text may begin with a dash
             given[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
     return [*itertools.chain(*given.values()), *words]
@@ -1538,7 +1537,8 @@ def save_repository_files(pipeline, args):
 # ------------------------------------------------------------------------------------------------------ card and push
 def gallery(dataset, args):
     """File name -> prompt of the pictures in `samples` that `log_validation` writes."""
-    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(validation_pairs(dataset, args))}
+    pairs = validation_pairs(dataset, args) if args.validation_steps else []
+    return {f"samples/{number}.png": prompt for number, (_, prompt) in enumerate(pairs)}
 
 
 def card_data(args, samples, tags):
@@ -1611,7 +1611,7 @@ It is used as the base is: {args.num_inference_steps} steps, no guidance.
 {step} steps with a batch of {images}, learning rate {args.learning_rate},
 rollouts of {args.rollout_steps} states, {args.states_per_rollout} of them trained.
 The teacher, {teacher}, saw a training image {way}. {prior}
-All flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}). The command that reads them, with paths of your own:
+The flags are in [{SETTINGS_NAME}]({SETTINGS_NAME}), null for defaults. The command that reads them, with paths of your own:
 
 ```bash
 {shlex.join(command)}
@@ -1638,7 +1638,10 @@ def push_command(args, files):
 def push(args, step, save_card, files):
     """Pushes the `files` (patterns) of OUTPUT_DIR. During training, a failure is a warning; at the end, an InputError
     with the command that pushes later what is all saved."""
-    hub.get_session().timeout = args.hub_timeout  # huggingface_hub would wait for ever
+    client = hub.get_session()
+    # huggingface_hub would wait for ever, and makes a new client after a lost connection
+    options = {"event_hooks": client.event_hooks, "follow_redirects": True, "timeout": args.hub_timeout}
+    hub.set_client_factory(lambda: type(client)(**options))
     try:
         repo = hub.create_repo(repository_name(args), private=args.hub_private_repo or None, exist_ok=True).repo_id
         if args.hub_private_repo and not hub.model_info(repo).private:
@@ -1891,7 +1894,7 @@ def check_inputs(args):
             micro_steps += (micro_steps - 1) // (args.prior_every - 1)
         args.max_train_steps = math.ceil(micro_steps / args.gradient_accumulation_steps)
         args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
-    if args.lr_warmup_steps >= args.max_train_steps:
+    if args.lr_warmup_steps > args.max_train_steps and args.lr_scheduler != "constant":
         raise ValueError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {args.max_train_steps} steps.")
     if args.teacher_image == "other" and len(dataset) < 2:
         raise ValueError("--teacher_image other needs at least two training images.")

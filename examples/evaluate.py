@@ -1069,9 +1069,11 @@ def report(args, accelerator):
     (folder / "report.html").write_text(report_page(record, files, prompts, images, args), "utf-8")
     write_json(folder / "report.json", record)
     card = folder / "README.md"
-    before, heading, _ = card.read_text("utf-8").partition("## Measured\n\n") if card.exists() else ("", "", "")
-    if heading:
-        card.write_text(f"{before}{heading}{markdown_table(record)}\n", "utf-8")
+    if card.exists():
+        before, _, rest = card.read_text("utf-8").partition("## Measured\n\n")
+        _, heading, after = rest.partition("\n## ")  # of the user's own
+        told = f"{before.rstrip()}\n\n## Measured\n\n{markdown_table(record)}\n"
+        card.write_text(told + heading + after, "utf-8")
     print(f"\n{markdown_table(record)}\n")
     for row in record["table"]:
         if row["answer"].startswith("no"):

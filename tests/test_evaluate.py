@@ -292,6 +292,9 @@ def test_report_is_in_the_card_of_these_weights_alone(train, evaluate, tmp_path)
         evaluate("report", folder)
         assert card().count("| Few-step ability kept |") == 1 and "was not measured" not in card()
     assert card().partition("## Measured")[0] == before.partition("## Measured")[0]
+    (folder / "README.md").write_text(card() + "\n## Mine\n\nkept\n", "utf-8")
+    evaluate("report", folder)
+    assert card().endswith("|\n\n## Mine\n\nkept\n") and card().count("| Few-step ability kept |") == 1
     train(folder, resume_from_checkpoint="latest", max_train_steps=3)
     assert "was not measured" in card() and "Few-step ability kept" not in card()
 
