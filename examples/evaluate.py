@@ -616,10 +616,15 @@ def shown(values):
     return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
 
 
-def write_json(path, value):
+def write_aside(path, text):
+    """Writes a file aside and renames it: one that is stopped leaves what was there."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    aside.write_text(text, "utf-8")
     os.replace(aside, path)
+
+
+def write_json(path, value):
+    write_aside(path, json.dumps(value, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ teacher
@@ -1066,14 +1071,14 @@ def report(args, accelerator):
               "num_inference_steps": args.num_inference_steps, "prompts": {part: len(own) for part, own in prompts.items()},
               "image_encoder": Path(args.image_encoder).name, "image_text_encoder": Path(args.image_text_encoder).name}  # fmt: skip
     folder = Path(args.output_dir)
-    (folder / "report.html").write_text(report_page(record, files, prompts, images, args), "utf-8")
+    write_aside(folder / "report.html", report_page(record, files, prompts, images, args))
     write_json(folder / "report.json", record)
     card = folder / "README.md"
     if card.exists():
         before, _, rest = card.read_text("utf-8").partition("## Measured\n\n")
         _, heading, after = rest.partition("\n## ")  # of the user's own
         told = f"{before.rstrip()}\n\n## Measured\n\n{markdown_table(record)}\n"
-        card.write_text(told + heading + after, "utf-8")
+        write_aside(card, told + heading + after)
     print(f"\n{markdown_table(record)}\n")
     for row in record["table"]:
         if row["answer"].startswith("no"):

@@ -41,7 +41,7 @@ COMMON = {
 }  # fmt: skip
 LORA = {"rank", "lora_alpha", "use_rslora", "lora_layers", "quantization"}
 FULL = {"stochastic_rounding"}
-FULL_SAVINGS = "--gradient_checkpointing, --stochastic_rounding, --use_8bit_adam, a lower --resolution"
+SAVINGS = "--gradient_checkpointing, --stochastic_rounding, --use_8bit_adam, a lower --resolution"
 
 
 def parse_args(input_args=None):
@@ -166,7 +166,7 @@ def main(args):
         data = encode_data(pipeline, family, dataset, args, accelerator)
     free_memory()
 
-    with dopsd.explain_failures(FULL_SAVINGS if args.full else dopsd.LORA_SAVINGS, args.output_dir):
+    with dopsd.explain_failures(SAVINGS if args.full else dopsd.LORA_SAVINGS, args.output_dir):
         dopsd.place_for_training(pipeline, args, accelerator)
         if args.full:
             full.make_trainable(pipeline, args)

@@ -326,6 +326,7 @@ def test_command_of_the_message_pushes_the_pipeline(pushed_later, not_pushed):
 
 FAILURES = """
 import json, sys, time
+import huggingface_hub
 import train_dopsd_lora as script
 from accelerate import PartialState
 PartialState()
@@ -342,6 +343,8 @@ for name in names:
     results[name] = push(name)
 results["private"] = push("public", "--hub_private_repo")
 results["on the way"] = push("create-fails-401", step=1)
+huggingface_hub.close_session()  # as huggingface_hub does after a lost connection
+results["seconds"] = huggingface_hub.get_session().timeout.read
 print(json.dumps(results))
 """
 
@@ -366,7 +369,7 @@ def test_failures_of_the_hub_end_in_time(hub, pushed, flags, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(result.stdout.strip().splitlines()[-1])
     assert results.pop("fine")[0] == results.pop("on the way")[0] == "pushed"
-    assert set(hub.files("me/fine")) == {"README.md", LORA}
+    assert results.pop("seconds") == 2 and set(hub.files("me/fine")) == {"README.md", LORA}
     assert "create-fails-401" in result.stderr  # the warning on the way
     assert "me/public is public" in results.pop("private")[0] and not hub.messages("me/public")
     for name, (message, seconds) in results.items():

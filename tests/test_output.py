@@ -307,7 +307,7 @@ def test_config_file_is_read_as_it_is_written(tmp_path, monkeypatch):
     assert args.instance_data_dir == str(tmp_path / "images")
 
 
-def test_settings_do_not_ask_again_to_remove_a_run(train, base, images, tmp_path):
+def test_settings_do_not_ask_again_to_remove_a_run(train, tmp_path):
     """Who goes on from the settings of a run that once overwrote another would lose the run."""
     folder = train(tmp_path / "out", "--overwrite_output_dir", max_train_steps=1)
     settings = json.loads((folder / "dopsd_settings.json").read_text())
