@@ -370,6 +370,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
 OPTIMIZER_NAME = "optimizer.bin"
+TRANSFORMER_FILES = ["transformer/*.json", "transformer/*.safetensors"]
 SHARDS_NAME = "shards"
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
 # flags whose defaults are the family's
@@ -768,30 +769,26 @@ def draw_prior(prior, draws, micro_step, args, process):
 
 
 # ----------------------------------------------------------------------------------------------------------- contexts
-def fingerprint(model, patterns, revision, noted):
-    """A hash over the content of a model's files, the same for a folder and for the Hub's. Hub models are fetched
-    first; a warm Hub cache needs no network. The file `noted` keeps hashes by inode, size and time, so that gigabytes
-    are read once."""
+def fingerprint(model, patterns, revision=None):
+    """Checksum over the files of a model, the same for a folder and for the Hub's. Of weights, whose gigabytes are not
+    read, it is over the beginnings of all tensors. Hub models are fetched first; a warm Hub cache needs no network."""
     options = {"revision": revision, "allow_patterns": patterns}
     folder = Path(model if os.path.isdir(model) else snapshot_download(model, **options))
-    files, known = {}, {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        known = {**json.loads(noted.read_text())}
-    before = len(known)
-    for path in sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}):
-        blob, stat = path.resolve(), path.stat()
-        stamp = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
-        if blob.parent.name == "blobs" and len(blob.name) == 64:  # the Hub's cache names large files by this very hash
-            known[stamp] = blob.name
-        elif stamp not in known:
-            with path.open("rb") as file:
-                known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = known[stamp]
-    with contextlib.suppress(OSError):  # of a cache that may only be read
-        if len(known) > before:
-            noted.parent.mkdir(parents=True, exist_ok=True)
-            noted.write_text(json.dumps(known))
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+    return digest_of([(path.relative_to(folder).as_posix(), sample_of(path)) for path in paths])
+
+
+def sample_of(path):
+    """Checksum of a file, or of safetensors the header and the beginning of each tensor."""
+    if path.suffix != ".safetensors":
+        return checksum(path)
+    with blamed_on(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        tensors, digest = json.loads(header := file.read(length)), xxhash.xxh3_128(header)
+        for first, last in sorted(t["data_offsets"] for name, t in tensors.items() if name != "__metadata__"):
+            file.seek(8 + length + first)
+            digest.update(file.read(min(last - first, 4096)))
+    return digest.hexdigest()
 
 
 class ContextCache:
@@ -800,9 +797,9 @@ class ContextCache:
 
     def __init__(self, family, args):
         self.folder = Path(args.context_cache_dir)
-        encoders = ["text_encoder/*", "tokenizer/*", *(["vae/*"] if sees_references(args) else [])]
-        noted = self.folder / "models.json"
-        base = fingerprint(args.pretrained_model_name_or_path, encoders, args.revision, noted)
+        models = ["text_encoder", "vae"] if sees_references(args) else ["text_encoder"]
+        encoders = [f"{name}/*.{kind}" for name in models for kind in ("json", "safetensors")]
+        base = fingerprint(args.pretrained_model_name_or_path, [*encoders, "tokenizer/*"], args.revision)
         # layers and lengths of contexts stand in the pipeline's own config
         config = family.load_config(args.pretrained_model_name_or_path, revision=args.revision)
         parts = component_folders(config)
@@ -813,7 +810,7 @@ class ContextCache:
         self.models = [digest_of([base, settings, family.encoding_version]), dtype, args.teacher_context]
         self.models += [args.teacher_prompt_suffix, args.encoder_quantization]
         if args.teacher_context == "vlm":
-            vlm = fingerprint(args.vlm_model_name_or_path, family.vlm_files, None, noted)
+            vlm = fingerprint(args.vlm_model_name_or_path, family.vlm_files)
             self.models += [vlm, args.teacher_max_pixels]
 
     def paths(self, row, shown, caption):
@@ -1458,33 +1455,12 @@ def identity_of(args, dataset, cache):
         "references": digest_of(dataset["reference_hashes"][:]),
         "prior prompts": digest_of([prompts, edits] if edits else prompts),
         "weights of text encoder, VAE or VLM": digest_of(cache.models),
-        "weights of the transformer": sample_weights(args),
+        "weights of the transformer": fingerprint(
+            args.pretrained_model_name_or_path, TRANSFORMER_FILES, args.revision
+        ),
         "images per micro-step (--train_batch_size times processes)": images_per_micro_step(args),
         "shards of the weights": shards,
     }
-
-
-def sample_weights(args):
-    """Checksum over samples of the files of the base's transformer, whose gigabytes are not read."""
-    base, patterns = args.pretrained_model_name_or_path, ["transformer/*.json", "transformer/*.safetensors"]
-    base = base if os.path.isdir(base) else snapshot_download(base, revision=args.revision, allow_patterns=patterns)
-    # NAME.safetensors, or NAME.VARIANT.safetensors
-    files, dots = sorted(Path(base).glob("transformer/*.safetensors")), 2 if args.variant else 1
-    return sample_files(p for p in files if p.name.count(".") == dots and f".{args.variant or ''}" in p.name)
-
-
-def sample_files(paths):
-    """Checksum over the beginnings of all tensors in safetensors files."""
-    samples = []
-    for path in paths:
-        with blamed_on(path), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            for name, tensor in sorted(json.loads(file.read(length)).items()):
-                if name != "__metadata__":
-                    first, last = tensor["data_offsets"]
-                    file.seek(8 + length + first)
-                    samples.append([name, tensor["dtype"], tensor["shape"], file.read(min(last - first, 4096)).hex()])
-    return digest_of(samples)
 
 
 def check_resume(state, identity, args):

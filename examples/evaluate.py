@@ -816,7 +816,7 @@ def teacher(args, accelerator):
         caches = {name: dopsd.ContextCache(family, way) for name, (way, _) in ways.items()}
     except (ValueError, OSError) as error:
         raise dopsd.InputError(error) from error
-    weights = dopsd.sample_weights(args)
+    weights = base_weights(args)
     for name, (way, layer) in ways.items():
         reader = family if layer is None else type(family.__name__, (family,), {"hidden_layer": layer})
         with explained(dopsd.ENCODING_SAVINGS, args.context_cache_dir):
@@ -1027,11 +1027,14 @@ def report_verdict(figures):
     return table
 
 
+def base_weights(args):
+    """Checksum of the base's transformer."""
+    return dopsd.fingerprint(args.pretrained_model_name_or_path, dopsd.TRANSFORMER_FILES, args.revision)
+
+
 def result_weights(args):
-    """Checksum over samples of the weights in OUTPUT_DIR."""
-    folder = Path(args.output_dir)
-    paths = [folder / LORA_WEIGHT_NAME, *sorted(folder.glob("transformer/*.safetensors"))]
-    return dopsd.sample_files(path for path in paths if path.exists())
+    """Checksum of the weights in OUTPUT_DIR."""
+    return dopsd.fingerprint(args.output_dir, [LORA_WEIGHT_NAME, *dopsd.TRANSFORMER_FILES])
 
 
 def report(args, accelerator):
@@ -1046,7 +1049,7 @@ def report(args, accelerator):
     pairs = [*captions, *new, *((None, prompt) for prompt in ordinary)]
     needed = [pair if args.reference_column else (None, pair[1]) for pair in pairs]
     paths = prompt_contexts(family, args, dataset, needed, accelerator)
-    base, result = dopsd.sample_weights(args), result_weights(args)
+    base, result = base_weights(args), result_weights(args)
     drawings, concept = {}, len(captions) + len(new)
     for who, weights in (("base", base), ("tuned", base + result)):
         for part, numbers in (("concept", range(concept)), ("ordinary", range(concept, len(pairs)))):
@@ -1271,7 +1274,7 @@ def judge_answers(asked, args, device):
     with dopsd.blamed_on(f"{file} (without it, all is asked anew)"):
         known = {**json.loads(file.read_text("utf-8"))} if file.exists() else {}
     with dopsd.blamed_on(f"--judge {args.judge}"):
-        who = [args.judge, dopsd.sample_files(sorted(Path(args.judge).glob("*.safetensors")))]
+        who = [args.judge, dopsd.fingerprint(args.judge, ["*.safetensors"])]
     who += [QUESTION, args.encoder_quantization, str(judge_dtype(args, device))]
     keys = [dopsd.digest_of([*who, row["image_hash"], picture.name]) for row, picture in asked]
     missing = {key: pair for key, pair in zip(keys, asked) if key not in known}
@@ -1316,7 +1319,7 @@ def paper(args, accelerator):
     paths = prompt_contexts(
         family, args, dataset, [p if args.reference_column else (None, p[1]) for p in pairs], accelerator
     )
-    weights = dopsd.sample_weights(args) + result_weights(args)
+    weights = base_weights(args) + result_weights(args)
     drawings = [
         Drawing(
             path, "student", tuple(dataset[i]["bucket"]), args.seed + 100 * i + k, args.num_inference_steps, weights

@@ -427,29 +427,24 @@ def test_exchanged_images_are_seen(flags, tmp_path):
     assert script.inspect_images(read_dataset(args), [(32, 32)], args)["image_hash"][:] == first[::-1]
 
 
-def test_models_of_a_folder_are_read_once(base, tmp_path, monkeypatch):
-    """Hashing the 17 GB of a 4B model at every start, in every process, takes longer than everything else there."""
+def test_changed_models_are_noticed_without_a_reading_of_their_weights(base, tmp_path, monkeypatch):
+    """Hashing the 17 GB of a 4B model takes minutes; contexts of another text encoder would be taken for its own."""
     shutil.copytree(base, tmp_path / "base")
-    read, digest = [], hashlib.file_digest
-    monkeypatch.setattr(
-        "hashlib.file_digest", lambda file, kind: read.append(Path(file.name).name) or digest(file, kind)
-    )
-
-    def fingerprint(noted=tmp_path / "cache" / "models.json"):
-        read.clear()
-        return script.fingerprint(str(tmp_path / "base"), ["text_encoder/*", "tokenizer/*"], None, noted)
-
-    first = fingerprint()
-    assert "model.safetensors" in read and first == fingerprint() and not read
-    assert str(tmp_path) not in (tmp_path / "cache" / "models.json").read_text()  # a cache may be passed on
-    file = tmp_path / "base" / "text_encoder" / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
-    changed = fingerprint()
-    assert changed != first and read == ["model.safetensors"]
-    (tmp_path / "cache" / "models.json").write_text("[")
-    # damaged, and where nothing can be written
-    assert fingerprint() == changed == fingerprint(Path("/proc/none/models.json"))
+    weights, count = tmp_path / "base" / "text_encoder" / "model.safetensors", []
+    patterns = ["text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"]
+    monkeypatch.setattr(script, "checksum", lambda path, old=script.checksum: count.append(path.name) or old(path))
+    first = script.fingerprint(str(tmp_path / "base"), patterns)
+    assert "config.json" in count and "tokenizer.json" in count and weights.name not in count
+    tensors = load_file(weights)
+    for name in (min(tensors), max(tensors)):  # one value of one tensor
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name].view(-1)[0] += 1
+        save_file(changed, weights, {"format": "pt"})
+        assert script.fingerprint(str(tmp_path / "base"), patterns) != first
+    save_file(tensors, weights, {"format": "pt"})
+    assert script.fingerprint(str(tmp_path / "base"), patterns) == first
+    (tmp_path / "base" / "tokenizer" / "added.json").write_text("{}")
+    assert script.fingerprint(str(tmp_path / "base"), patterns) != first
 
 
 def image_bytes(form, orientation=None, **options):
