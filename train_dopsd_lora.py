@@ -73,6 +73,12 @@ QUANTIZATIONS = ["nf4", "int8", "fp8"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# of two, the typed one wins over that of a --config file
+ALTERNATIVES = [
+    ("instance_data_dir", "dataset_name"),
+    ("max_train_steps", "num_train_epochs"),
+    ("overwrite_output_dir", "resume_from_checkpoint"),
+]
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
 
@@ -146,6 +152,7 @@ def add_shared_arguments(parser):
     add("--ema_decay", type=SHARE, default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
     add("--prior_prompts", help="File of ordinary prompts to keep, one a line; or none. Default: built-in ones.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
+    add("--prior_loss_weight", type=POSITIVE, default=1.0, help="Weight of the loss that keeps what the base draws.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="x0: the loss times sigma^2.")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")
@@ -230,6 +237,7 @@ def check_arguments(parser, args, words):
         ("without --gradient_checkpointing", not args.gradient_checkpointing, ["checkpointed_blocks"]),
         ("without --push_to_hub", not args.push_to_hub, HUB_FLAGS),
         ("with --num_train_epochs", args.num_train_epochs, ["max_train_steps"]),
+        ("with --prior_prompts none", args.prior_prompts == "none", ["prior_every", "prior_loss_weight"]),
         ("with --lr_scheduler constant", args.lr_scheduler == "constant", ["lr_warmup_steps"]),
     ]:
         for name in names:
@@ -280,6 +288,11 @@ def with_config(parser, words):
             given[name] = [f"--{name}"] * SWITCHES[texts[0].lower()]
         else:  # one text may begin with a dash
             given[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+    typed = {word.partition("=")[0].removeprefix("--") for word in words}
+    for pair in ALTERNATIVES:
+        for one, other in (pair, pair[::-1]):
+            if one in typed:
+                given.pop(other, None)
     return [*itertools.chain(*given.values()), *words]
 
 
@@ -724,6 +737,11 @@ def prior_steps(micro_steps, args):
     return 0 if args.prior_prompts == "none" else micro_steps // args.prior_every
 
 
+def is_prior_step(micro_step, args):
+    """Whether the batch of a micro-step is of prior prompts."""
+    return prior_steps(micro_step, args) < prior_steps(micro_step + 1, args)
+
+
 def images_per_micro_step(args):
     """Of all processes."""
     return args.train_batch_size * PartialState().num_processes
@@ -744,9 +762,9 @@ def draw_prior(prior, draws, micro_step, args, process):
     """(index for `rows_of`, prompt) of each image of `draw_batch`, or None where the micro-batch is not of `prior`
     prompts (index -> prompts). Every other one shows references, if there are any; in the others, every prompt is
     drawn once before any is drawn again."""
-    number = prior_steps(micro_step, args)
-    if number == prior_steps(micro_step + 1, args):
+    if not is_prior_step(micro_step, args):
         return None
+    number = prior_steps(micro_step, args)
     turn, alone = divmod(number, 2) if len(prior) > 1 else (number, True)
     if not alone:
         return [(~row, prior[~row][rng.integers(len(prior[~row]))]) for row, rng in draws]
@@ -1026,8 +1044,8 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
         latents, starts = latents + steps[k] * student_velocity.detach(), [end + 1 for end in ends]
 
 
-def backward_each_state(states, transformer, args, accelerator, synchronize):
-    """Accumulates the gradient of L = (1/M) sum_k loss_k, mean over images. Returns losses and counts per state (2,
+def backward_each_state(states, transformer, args, accelerator, synchronize, weight=1.0):
+    """Accumulates the gradient of `weight` * L, L = (1/M) sum_k loss_k, mean over images. Returns losses and counts per state (2,
     K). Each state's graph is freed by its own backward before the next is computed: memory does not grow with M.
     `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with
     FSDP every backward does, because gradients that wait for others are held whole)."""
@@ -1038,7 +1056,8 @@ def backward_each_state(states, transformer, args, accelerator, synchronize):
             k, losses = next(states)
             if getattr(args, "fused_backward_pass", False):  # of the full script: weights change during the backward
                 check_finite(losses.tolist())
-            accelerator.backward(losses.mean() / (args.states_per_rollout * args.gradient_accumulation_steps))
+            parts = args.states_per_rollout * args.gradient_accumulation_steps
+            accelerator.backward(weight * losses.mean() / parts)
         table.index_add_(1, k, torch.stack([losses.detach(), torch.ones_like(losses)]))
     return table
 
@@ -2237,7 +2256,8 @@ def train(pipeline, training, dataset, prior, cache, first_step, publish, args):
             batch = *next(batches), draw_states(args, places_in_run(step * accumulated + micro, args, accelerator))
             states = rollout(pipeline, transformer, teacher, batch, args, accelerator)
             synchronize = micro == accumulated - 1
-            table += backward_each_state(states, transformer, args, accelerator, synchronize)
+            weight = args.prior_loss_weight if is_prior_step(step * accumulated + micro, args) else 1.0
+            table += backward_each_state(states, transformer, args, accelerator, synchronize, weight)
         table = accelerator.reduce(table, "sum")
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm

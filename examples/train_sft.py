@@ -36,7 +36,7 @@ COMMON = {
     "resolution", "rollout_steps", "num_inference_steps",
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps",
     "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "max_grad_norm", "gradient_checkpointing", "checkpointed_blocks", "compile_blocks", "mixed_precision",
+    "max_grad_norm", "prior_loss_weight", "gradient_checkpointing", "checkpointed_blocks", "compile_blocks", "mixed_precision",
     "allow_tf32", "seed", "output_dir",
 }  # fmt: skip
 LORA = {"rank", "lora_alpha", "use_rslora", "lora_layers", "quantization"}
@@ -49,7 +49,6 @@ def parse_args(input_args=None):
     own.add_argument("--full", action="store_true", help="Train all weights instead of a LoRA.")
     own.add_argument("--class_prompt", nargs="+", help="DreamBooth: prompts of the images that preserve the prior.")
     own.add_argument("--num_class_images", type=dopsd.COUNT, default=100, help="Images of the class prompts.")
-    own.add_argument("--prior_loss_weight", type=dopsd.POSITIVE, default=1.0, help="Weight of the loss on them.")
     every = dopsd.ArgumentParser(parents=[own])
     for add in (dopsd.add_shared_arguments, dopsd.add_lora_arguments, full.add_full_arguments):
         add(every)

@@ -32,6 +32,7 @@ from concepts import (  # noqa: E402
     CONCEPTS,
     MAIN,
     further_scenes,
+    further_scenes_of_the_world,
     held_out_scenes,
     prior_prompts,
     training_pictures,
@@ -102,6 +103,8 @@ def test_prior_prompts_are_not_those_that_measure_what_is_kept():
     prompts = (MINIATURE / "prior_prompts.txt").read_text().splitlines()
     assert prompts == prior_prompts() and len(prompts) > 50
     assert not set(prompts) & set(captions(unrelated_scenes()))
+    further = set(captions(further_scenes_of_the_world()))
+    assert len(further) == 192 and not further & {*prompts, *captions(unrelated_scenes())}
 
 
 def test_stock_pipeline_loads_the_miniature_and_draws_what_it_is_asked_for(judge):

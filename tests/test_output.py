@@ -261,6 +261,10 @@ def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args([*words, "--max_train_steps=400"])
     assert "--max_train_steps has no effect" in capsys.readouterr().err
+    other = write_settings(tmp_path, num_train_epochs=3, instance_data_dir=None, dataset_name="you/dogs")
+    args = script.parse_args([*other, "--max_train_steps=400", "--instance_data_dir", "images"])
+    assert (args.max_train_steps, args.num_train_epochs) == (400, None)
+    assert (args.instance_data_dir, args.dataset_name) == ("images", None)
 
 
 def test_emoji_in_a_caption_survives_the_settings(train, tmp_path):

@@ -312,6 +312,24 @@ def test_prior_prompts_have_a_teacher_that_sees_no_image(given, train_any, pipel
     assert all(any(torch.equal(embeds, wanted) for wanted in expected) for embeds in student[2] + student[5])
 
 
+def test_weight_of_prior_prompts_is_on_their_loss_alone(train_any, tmp_path, monkeypatch):
+    """Who asks that ordinary prompts are kept better would train the concept at another rate instead."""
+    losses, backward = [], Accelerator.backward
+    monkeypatch.setattr(
+        Accelerator,
+        "backward",
+        lambda self, loss, **options: losses.append(loss.item()) or backward(self, loss, **options),
+    )
+    (tmp_path / "prior.txt").write_text("a red car")
+    for weight in (1, 4):
+        train_any(
+            tmp_path / str(weight), prior_prompts=tmp_path / "prior.txt", prior_loss_weight=weight, max_train_steps=3,
+            prior_every=3, learning_rate=1e-3, context_cache_dir=tmp_path / "cache", validation_steps=0,
+        )  # fmt: skip
+    first, second = losses[:3], losses[3:]
+    assert second[:2] == first[:2] and second[2] == pytest.approx(4 * first[2], rel=1e-4) and first[2] > 0
+
+
 def test_prior_prompts_are_those_that_were_encoded(train_any, tmp_path, monkeypatch):
     """Edited while contexts are encoded, for hours, they would end the run at the first one that has none."""
     (tmp_path / "prior.txt").write_text("a red car")

@@ -98,6 +98,17 @@ def unrelated_scenes(count=48):
     return [world.sample_scene(rng) for _ in range(count)]
 
 
+def further_scenes_of_the_world(count=192):
+    """More scenes of the captioned world, whose prompts are neither prior prompts nor among the others that measure."""
+    rng, scenes = np.random.default_rng(8), {}
+    known = {*map(world.caption, unrelated_scenes()), *prior_prompts()}
+    while len(scenes) < count:
+        scene = world.sample_scene(rng)
+        if world.caption(scene) not in known:
+            scenes.setdefault(world.caption(scene), scene)
+    return list(scenes.values())
+
+
 def prior_prompts(count=64):
     """Ordinary captions for --prior_prompts; none is one of the prompts that measure what is kept."""
     rng = np.random.default_rng(7)

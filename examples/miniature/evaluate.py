@@ -89,11 +89,11 @@ def mean_detail(images):
     return float(np.mean([detail(image) for image in images]))
 
 
-def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS):
+def unrelated_accuracy(pipeline, judge, seeds, steps=STEPS, scenes=None):
     """What a fine-tuned model still does with unrelated prompts: per seed, the share of scenes drawn right in shape,
     colour, pattern, background and position (`right`); the Frechet distance of all pictures to fresh drawings of the
     same scenes (`frechet`); the fine detail of the pictures relative to those drawings (`detail`)."""
-    scenes = unrelated_scenes()
+    scenes = scenes or unrelated_scenes()
     contexts = pipeline.encode_student(captions(scenes))
     images = [sample(pipeline, contexts, seed, steps) for seed in seeds]
     real = [world.render(s, 50_000 + 100 * seed + i) for seed in seeds for i, s in enumerate(scenes)]

@@ -22,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import world
-from concepts import CONCEPTS, MAIN, training_pictures
+from concepts import CONCEPTS, MAIN, further_scenes_of_the_world, training_pictures
 from evaluate import HERE, STEPS, concept_accuracy, load_pipeline, unrelated_accuracy
 from judge import Judge
 
@@ -110,11 +110,15 @@ def copying(pictures, concept):
     return float(np.mean([np.sqrt(np.square(known - p / 255).mean(axis=(1, 2, 3))).min() for p in pictures]))
 
 
-def figures_of(pipeline, judge, concept, seeds, slow_steps=0):
-    """Concept and unrelated prompts at four steps and, where asked for, at `slow_steps`, with one noise seed."""
+def figures_of(pipeline, judge, concept, seeds, slow_steps=0, further=False):
+    """Concept and unrelated prompts at four steps and, where asked for, at `slow_steps` and of `further` prompts, both
+    with one noise seed."""
     results, images = concept_accuracy(pipeline, judge, CONCEPTS[concept], seeds)
     figures = {"concept": [right for right, _ in results], **unrelated_accuracy(pipeline, judge, seeds)}
     figures["copying"] = copying([picture for pictures in images for picture in pictures], concept)
+    if further:
+        scenes = further_scenes_of_the_world()
+        figures["further"] = unrelated_accuracy(pipeline, judge, range(1), scenes=scenes)["right"]
     if slow_steps:
         results, _ = concept_accuracy(pipeline, judge, CONCEPTS[concept], range(1), steps=slow_steps)
         figures["slow"] = [results[0][0], unrelated_accuracy(pipeline, judge, range(1), steps=slow_steps)["right"][0]]
@@ -163,6 +167,7 @@ def run(variants, job):
                     concept,
                     range(seeds[step]),
                     30 if measured == "-whole" and seed == 0 and concept in MAIN else 0,
+                    measured == "-whole",
                 )
                 points.append({"step": step, "passes": each * step, **figures})
 
