@@ -229,8 +229,9 @@ KLEIN = {
 }  # fmt: skip
 # for the scripts' own number of steps of their own batch, and with their own decay of the teacher
 LONG = {
-    "long": Variant("D-OPSD with prior prompts, 1,000 steps of 1, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
-}  # fmt: skip
+    "long": Variant("D-OPSD with prior prompts, 1,000 steps of 1", flags={"ema_decay": 0.9999}),
+    "long_weighted": Variant("the same, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
+}
 CONTROLS |= KLEIN | LONG
 VARIANTS = METHODS | CONTROLS
 
@@ -365,7 +366,7 @@ def main():
     trials.add_arguments(parser, "compare", seeds=8)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    args.searched = [name for name in SEARCHED if name in args.concepts]
+    args.searched = [name for name in SEARCHED if name in args.concepts] or SEARCHED
     if any(name in CONTROLS for name in args.methods) and "prior" not in args.methods:
         parser.error("the controls take the learning rate of prior: add it to --methods")
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
