@@ -74,11 +74,9 @@ SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # of two, the typed one wins over that of a --config file
-ALTERNATIVES = [
-    ("instance_data_dir", "dataset_name"),
-    ("max_train_steps", "num_train_epochs"),
-    ("overwrite_output_dir", "resume_from_checkpoint"),
-]
+ALTERNATIVES = {"instance_data_dir": "dataset_name", "max_train_steps": "num_train_epochs"}
+ALTERNATIVES |= {"overwrite_output_dir": "resume_from_checkpoint"}
+ALTERNATIVES |= {other: one for one, other in ALTERNATIVES.items()}
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
 
@@ -288,11 +286,8 @@ def with_config(parser, words):
             given[name] = [f"--{name}"] * SWITCHES[texts[0].lower()]
         else:  # one text may begin with a dash
             given[name] = [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
-    typed = {word.partition("=")[0].removeprefix("--") for word in words}
-    for pair in ALTERNATIVES:
-        for one, other in (pair, pair[::-1]):
-            if one in typed:
-                given.pop(other, None)
+    typed = {word.partition("=")[0] for word in words}
+    given = {name: text for name, text in given.items() if f"--{ALTERNATIVES.get(name)}" not in typed}
     return [*itertools.chain(*given.values()), *words]
 
 
@@ -1045,8 +1040,9 @@ def rollout(pipeline, transformer, teacher, batch, args, accelerator):
 
 
 def backward_each_state(states, transformer, args, accelerator, synchronize, weight=1.0):
-    """Accumulates the gradient of `weight` * L, L = (1/M) sum_k loss_k, mean over images. Returns losses and counts per state (2,
-    K). Each state's graph is freed by its own backward before the next is computed: memory does not grow with M.
+    """Accumulates the gradient of `weight` * L, L = (1/M) sum_k loss_k, mean over images. Returns losses, without the
+    weight, and counts per state (2, K). Each state's graph is freed by its own backward before the next is computed:
+    memory does not grow with M.
     `synchronize` is true in the last micro-step, whose last backward averages the gradients of all processes (with
     FSDP every backward does, because gradients that wait for others are held whole)."""
     table = torch.zeros(2, args.rollout_steps, device=accelerator.device)

@@ -9,7 +9,7 @@ All methods train the same LoRA with the same optimiser, pictures, captions and 
 passes, a fifth of what D-OPSD takes with all states in 120 steps of 4. Each has three learning rates, and more of them
 where the best is at an end; the one with the highest sum of concept accuracy and unrelated accuracy, mean over an
 object and a style with the training seed 0, is trained on all concepts and with further seeds. trials.py says what a
-pass is and where finished runs are kept.
+pass is and where finished runs are kept. `long` and `long_weighted` take the scripts' own 1,000 steps of one picture.
 """
 
 import argparse
@@ -230,8 +230,8 @@ KLEIN = {
 # for the scripts' own number of steps of their own batch, and with their own decay of the teacher
 LONG = {
     "long": Variant("D-OPSD with prior prompts, 1,000 steps of 1", flags={"ema_decay": 0.9999}),
-    "long_weighted": Variant("the same, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
-}
+    "long_weighted": Variant("D-OPSD with prior prompts, 1,000 steps of 1, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
+}  # fmt: skip
 CONTROLS |= KLEIN | LONG
 VARIANTS = METHODS | CONTROLS
 
