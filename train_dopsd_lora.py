@@ -180,10 +180,10 @@ def add_shared_arguments(parser):
     add("--output_dir", required=True, help="Folder of the result, checkpoints, validation pictures and logs.")
     add("--overwrite_output_dir", action="store_true", help="Start anew: remove what a run wrote, except contexts.")
     add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=COUNT, help="Newest checkpoints to keep. Default of train_dopsd_full.py: 2.")
-    add("--resume_from_checkpoint", help="A checkpoint: folder, name in OUTPUT_DIR, or latest: the newest, if any.")
+    add("--checkpoints_total_limit", type=COUNT, help="Checkpoints to keep. Default: all; train_dopsd_full.py: 2.")
+    add("--resume_from_checkpoint", help="Checkpoint: a folder, a name in OUTPUT_DIR, or latest (the newest, if any).")
     add("--validation_prompt", nargs="+", help="Prompts of the validation picture. Default: training captions.")
-    add("--validation_steps", type=STEP, default=250, help="Steps between validations, from step 0. 0: none.")
+    add("--validation_steps", type=STEP, default=250, help="Steps between validations; one is before step 1. 0: none.")
     add("--num_validation_images", type=COUNT, default=4, help="Rows of the picture without --validation_prompt.")
     add("--enable_vae_tiling", action="store_true", help="Decode validation pictures in tiles: less memory.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "none"], help="Tracker.")
@@ -998,7 +998,7 @@ def places_in_run(micro_step, args, accelerator):
 
 def draw_states(args, places):
     """The M of K states, in ascending order, at which images are trained; `places` are the images' numbers in the run.
-    Of K consecutive images every state is drawn M times. As in `draw_batch`, seed and place in the run decide alone."""
+    Of K consecutive images each state is drawn M times. As in `draw_batch`, seed and place in the run alone decide."""
     drawn = []
     for cycle, place in (divmod(place, args.rollout_steps) for place in places):
         # 2**40 is no micro-step, so that no other draw has these numbers
@@ -1396,8 +1396,8 @@ def apply_umask(*paths):
 
 
 def save_weights(tensors, folder, dtype=None, kept=()):
-    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process. In `dtype`,
-    except for tensors in whose names one of the parts in `kept` stands."""
+    """Safetensors in the Hub's layout, sharded where large; FSDP's shards are gathered on the main process. `dtype` is
+    that of all tensors except those in whose names one of the parts in `kept` stands."""
     gathered, main = {}, PartialState().is_main_process
     for name, tensor in tensors.items():
         # the clone leaves out the padding of a tensor that does not divide evenly over the processes
@@ -1651,7 +1651,7 @@ def push(args, step, save_card, files):
 
 
 def publish_result(args, samples, step, describe, files):
-    """Writes the card of what is in OUTPUT_DIR, pushes its `files` (patterns) if that is asked for, and says at the end
+    """Writes the card of OUTPUT_DIR, pushes its `files` (patterns) if that is asked for, and at the end says
     where it is and how to draw with it."""
     save = functools.partial(save_card, args, samples, step, describe)
     save(repository_name(args))

@@ -220,6 +220,7 @@ CONTROLS = {
     "wrong": Variant("the same, teacher shown wrong pictures", folder=wrong_folder),
     "no_picture": Variant("the same, teacher shown no picture", stand_in=without_picture),
     "other": Variant("the same, teacher shown another picture of the set", flags={"teacher_image": "other"}),
+    "weighted": Variant("D-OPSD with prior prompts, --prior_loss_weight 10", flags={"prior_loss_weight": 10}),
     "copy": Variant("D-OPSD without prior prompts, the teacher a copy of the student", flags={"ema_decay": 0.0}, prior=False),
 }  # fmt: skip
 REFERENCE = {"teacher_context": "edit", "teacher_prompt_suffix": ""}  # the miniature knows no sentences
