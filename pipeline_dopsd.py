@@ -479,8 +479,8 @@ class DOPSDMixin:
 
     @torch.no_grad()
     def sample(self, transformer, contexts: list[dict], latents: torch.Tensor, num_steps: int) -> list:
-        """PIL images that `transformer` draws of the noise `latents` in `num_steps`, as a call does, for any
-        context."""
+        """PIL images that `transformer` draws of the noise `latents` in `num_steps`, as a call does with latents in
+        fp32, for any context."""
         for timestep in self.few_step_grid(num_steps, latents):
             velocity = self.velocity(transformer, latents, timestep, contexts)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]

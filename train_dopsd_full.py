@@ -75,7 +75,7 @@ OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy"]
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # of two, the typed one wins over that of a --config file
 ALTERNATIVES = {"instance_data_dir": "dataset_name", "max_train_steps": "num_train_epochs"}
-ALTERNATIVES |= {"overwrite_output_dir": "resume_from_checkpoint"}
+ALTERNATIVES |= {"overwrite_output_dir": "resume_from_checkpoint", "optimizer": "use_8bit_adam"}
 ALTERNATIVES |= {other: one for one, other in ALTERNATIVES.items()}
 HUB_FLAGS = ["hub_model_id", "hub_private_repo", "hub_push_checkpoints", "hub_timeout"]
 
@@ -248,7 +248,7 @@ def check_arguments(parser, args, words):
         if str(value).startswith(".../"):  # see `public_settings`
             parser.error(f"--{name} {value}: the path was shortened; give the whole one")
     args.context_cache_dir = args.context_cache_dir or os.path.join(args.output_dir, "contexts")
-    if re.fullmatch(r"checkpoint-\d+", args.resume_from_checkpoint or ""):  # as diffusers' scripts take it
+    if re.fullmatch(r"checkpoint-\d+/?", args.resume_from_checkpoint or ""):  # as diffusers' scripts take it
         args.resume_from_checkpoint = os.path.join(args.output_dir, args.resume_from_checkpoint)
 
 
@@ -270,10 +270,13 @@ def check_full_arguments(parser, args):
 def with_config(parser, words):
     """The words of a command line behind those of its --config file."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config, given = first.parse_known_args(words)[0].config, {}
-    if not config:
+    first.add_argument("--config", action="append", default=[])
+    configs, given = first.parse_known_args(words)[0].config, {}
+    if not configs:
         return words
+    if len(configs) > 1:
+        parser.error("--config is given twice: put all flags into one file")
+    config = configs[0]
     try:
         # nodes hold what is written, such as no, 1.10 or 0123, as a command line does
         entries = yaml.compose(Path(config).read_text("utf-8"), yaml.BaseLoader).value
@@ -291,8 +294,8 @@ def with_config(parser, words):
             parser.error(f"--config {config} has {name} twice")
         if not all(isinstance(text, str) for text in texts) or len(texts) != 1 and flag.nargs != "+":
             parser.error(f"--config {config}: {name} takes {'a list of texts' if flag.nargs == '+' else 'one text'}")
-        if len(texts) > 1 and (dashed := [text for text in texts if text.startswith("-")]):
-            parser.error(f"--config {config}: in a list, no text of {name} begins with a dash, as {dashed[0]} does")
+        if len(texts) > 1 and (dashed := [text for text in texts if text.startswith("-") and " " not in text]):
+            parser.error(f"--config {config}: in a list, no word of {name} begins with a dash, as {dashed[0]} does")
         if flag.nargs == 0 and texts[0].lower() not in SWITCHES:
             parser.error(f"--config {config}: {name} is true or false, not {texts[0]}")
         if flag.nargs == 0:
@@ -341,6 +344,7 @@ import transformers
 import xxhash
 from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
 from accelerate.utils import ProjectConfiguration, gather_object, release_memory, send_to_device, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
@@ -446,10 +450,7 @@ def read_folder(folder, args):
         references = as_list(row.get(columns.get(args.reference_column)))
         references = [path_in(folder, name, place) for name in references]
         captions.append(captions_of(row.get(args.caption_column), place, args.caption_column, args.instance_prompt))
-        # size and times of each file, that of its renaming too, make the cache of `inspect_images` one of these images
-        stats = map(os.stat, [path, *references])
-        stamp = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
-        rows.append({"image": str(path), "references": list(map(str, references)), "stamp": stamp})
+        rows.append({"image": str(path), "references": list(map(str, references))})
     used = {*metadata, *texts, *places, *(Path(path) for row in rows for path in row["references"])}
     others = [p.relative_to(folder) for p in folder.rglob("*") if p not in used and (p.is_symlink() or not p.is_dir())]
     if left := sorted(str(p) for p in others if not any(part.startswith(".") for part in p.parts)):
@@ -457,11 +458,10 @@ def read_folder(folder, args):
     if len(rows) < 100:
         disable_progress_bars()  # they would only flash by
     image = ImageFeature(decode=False)
-    features = {"image": image, "references": ListFeature(image), "stamp": ListFeature(Value("int64"))}
+    features = {"image": image, "references": ListFeature(image)}
     # of a generator, because datasets caches on disk what it gave
     images = Dataset.from_generator(functools.partial(iter, rows), features=Features(features))
-    unneeded = ["stamp"] if args.reference_column else ["stamp", "references"]
-    return with_captions(images.remove_columns(unneeded), captions)
+    return with_captions(images if args.reference_column else images.remove_columns("references"), captions)
 
 
 def with_captions(images, captions):
@@ -620,6 +620,18 @@ def inspect_image(source):
     return list(size or load_image(source).size), hashlib.sha256(content).hexdigest()
 
 
+def stamp_of(dataset):
+    """Sizes and times, those of renaming too, of the image files that a dataset names; others stand in itself."""
+    stats = []
+    for column in sorted({"image", "references"} & {*dataset.column_names}):
+        for chunk in dataset.data.column(column).chunks:
+            images = chunk.flatten() if isinstance(dataset.features[column], ListFeature) else chunk
+            for path in images.field("path").to_pylist():
+                with contextlib.suppress(OSError, TypeError, ValueError):
+                    stats.append(((stat := os.stat(path)).st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return digest_of(stats)
+
+
 def inspect_images(dataset, buckets, args, mirrored=False):
     """Adds `bucket`, the (height, width) of each image in training, `image_hash`, and size and hash of its references.
     Every image is read once; a later run on the same images reads the result from the cache of datasets. `mirrored`:
@@ -629,7 +641,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
     features = {"bucket": ListFeature(number), "image_hash": text, "reference_sizes": ListFeature(ListFeature(number))}
     features |= {"reference_hashes": ListFeature(text), "broken": text, "row": number}  # row: its number for the user
 
-    def inspect(row, index):
+    def inspect(row, index, stamp):  # which makes the cache one of these files
         broken = ""
         with blamed_on(f"Row {index}"):
             try:
@@ -642,6 +654,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
 
     workers = min(args.dataset_num_workers, len(dataset) // 100)  # of few images, starting them would take longer
     options = {"features": Features(features), "num_proc": workers if workers > 1 else None, "desc": "images"}
+    options["fn_kwargs"] = {"stamp": stamp_of(dataset)}
     added = dataset.map(inspect, with_indices=True, remove_columns=dataset.column_names, **options)
     whole = [index for index, broken in enumerate(added["broken"][:]) if not broken]
     dataset = concatenate_datasets([dataset, added.remove_columns("broken")], axis=1)
@@ -1011,7 +1024,7 @@ def draw_states(args, places):
     Of K consecutive images each state is drawn M times. As in `draw_batch`, seed and place in the run alone decide."""
     drawn = []
     for cycle, place in (divmod(place, args.rollout_steps) for place in places):
-        # 2**40 is no micro-step, so that no other draw has these numbers
+        # 2**40 is no micro-step, so that no other draw of small batches has these numbers
         order = np.random.default_rng([args.seed, 2**40, cycle]).permutation(args.rollout_steps)
         drawn.append(sorted(np.roll(order, -place * args.states_per_rollout)[: args.states_per_rollout].tolist()))
     return drawn
@@ -1196,7 +1209,7 @@ def log_validation(pipeline, teacher, dataset, cache, args, accelerator, step):
     if not accelerator.is_main_process:
         return
     folder, samples = Path(args.output_dir) / "validation", Path(args.output_dir) / "samples"  # of the model card
-    for old in samples.glob("[0-9]*.png"):
+    for old in samples_in(Path(args.output_dir)):
         old.unlink()
     for made in (folder, samples):
         made.mkdir(parents=True, exist_ok=True)
@@ -1258,8 +1271,8 @@ def check_output_dir(args):
         raise ValueError(f"{told}; choose another folder.")
     if (own or results) and not args.overwrite_output_dir:
         told = f"--output_dir {folder} holds a run ({[*own, *results][0]})"
-        ways = "Go on with it (--resume_from_checkpoint latest), choose another folder"
-        raise ValueError(f"{told}. {ways}, or remove what it wrote (--overwrite_output_dir).")
+        way = "Go on with it (--resume_from_checkpoint latest)" if own else "It has no checkpoint to go on from"
+        raise ValueError(f"{told}. {way}; choose another folder, or remove what it wrote (--overwrite_output_dir).")
 
 
 def results_in(folder):
@@ -1268,6 +1281,11 @@ def results_in(folder):
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none, or it is of something else
         parts = component_folders(json.loads((folder / "model_index.json").read_text()))
     return [folder / n for n in (LORA_WEIGHT_NAME, *REPOSITORY_FILES, *parts) if (folder / n).exists()]
+
+
+def samples_in(folder):
+    """Pictures of the card in OUTPUT_DIR; others may lie beside them."""
+    return [path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()]
 
 
 def component_folders(index):
@@ -1280,9 +1298,9 @@ def component_folders(index):
 def clear_output_dir(args):
     """Removes what a run wrote into OUTPUT_DIR, and nothing else; contexts are kept."""
     folder = Path(args.output_dir)
-    patterns = [".checkpoint-*.tmp", ".lora.tmp", ".transformer.tmp", "samples/*.png", "logs/dopsd*"]
-    others = [path for pattern in [*patterns, "validation/step-*.png"] for path in folder.glob(pattern)]
-    for path in [*list_checkpoints(folder), *results_in(folder), *others]:
+    patterns = [".checkpoint-*.tmp", ".lora.tmp", ".transformer.tmp", "logs/dopsd*", "validation/step-*.png"]
+    others = [path for pattern in patterns for path in folder.glob(pattern)]
+    for path in [*list_checkpoints(folder), *results_in(folder), *samples_in(folder), *others]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -1745,6 +1763,7 @@ def push(args, step, save_card, files):
     # huggingface_hub would wait for ever, and makes a new client after a lost connection
     options = {"event_hooks": client.event_hooks, "follow_redirects": True, "timeout": args.hub_timeout}
     hub.set_client_factory(lambda: type(client)(**options))
+    hub.constants.HF_HUB_DISABLE_XET = True  # it sends data through a client of its own, which has no timeout of ours
     try:
         repo = hub.create_repo(repository_name(args), private=args.hub_private_repo or None, exist_ok=True).repo_id
         if args.hub_private_repo and not hub.model_info(repo).private:
@@ -1997,7 +2016,7 @@ def check_inputs(args):
         args.num_train_epochs = None  # for what reads the arguments from here on, the steps say it
     if args.lr_warmup_steps > args.max_train_steps and args.lr_scheduler != "constant":
         raise ValueError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {args.max_train_steps} steps.")
-    if args.teacher_image == "other" and len(dataset) < 2:
+    if args.teacher_image == "other" and len(dataset) < 2 + 2 * args.random_flip:  # which doubles them
         raise ValueError("--teacher_image other needs at least two training images.")
     check_references(family, args, dataset)
     captions = dataset["captions"][:]  # a slice is read at once
@@ -2044,6 +2063,10 @@ def check_full_inputs(args, accelerator):
         raise ValueError("--ema_device cpu does not go with FSDP, which shards the average; leave it out.")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config.")
+    if (
+        accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    ):  # fails at weights of the root
+        raise ValueError("Set fsdp_cpu_ram_efficient_loading: false in the accelerate config.")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -2061,7 +2084,8 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting],
+        # gradients are held once, not in buckets, too
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting, DDPKwargs(gradient_as_bucket_view=True)],
     )
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
@@ -2242,7 +2266,7 @@ def log_steps(pending, started, bar, args, training):
     """Logs the steps since `started`: `pending` holds of each the step, the sums of losses and counts of each state
     (2, K), the gradient norm and the learning rate. A state that was not drawn is left out.
 
-    Between two calls the device waits for no reading, unless each update must be checked before it is made.
+    Between two calls no loss is read from the device, unless each update must be checked before it is made.
     """
     accelerator = training.accelerator
     table = torch.stack([torch.cat([states.flatten(), norm.view(1)]) for _, states, norm, _ in pending]).tolist()

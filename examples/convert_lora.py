@@ -159,6 +159,8 @@ def main(input_args=None):
     try:
         if written.exists():
             raise ValueError(f"--output_dir {args.output_dir} holds {LORA_WEIGHT_NAME}; choose another folder.")
+        if not args.lora.is_file():
+            raise ValueError(f"--lora {args.lora}: this is no file.")
         check_source(flag, base)
         with blamed_on(f"--{flag} {base}"):
             family = family_of(base)

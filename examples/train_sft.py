@@ -64,6 +64,9 @@ def parse_args(input_args=None):
     dopsd.check_arguments(every, args, sys.argv[1:] if input_args is None else input_args)
     if args.full:
         full.check_full_arguments(every, args)
+    for name in ("prior_loss_weight", "num_class_images"):
+        if not args.class_prompt and getattr(args, name) != every.get_default(name):
+            parser.error(f"--{name} has no effect without --class_prompt")
     args.lora_alpha = args.lora_alpha or args.rank
     args.report_to, args.validation_steps = "none", 0
     return args

@@ -139,6 +139,7 @@ FOLDERS = {
     "end of text in a caption": (write("b.txt", "x <|endoftext|>"), {}, ["b.png", "<|endoftext|>"]),
     "long caption": (write("b.txt", "a long caption " * 200), {}, ["b.png", "tokens", "a long caption"]),
     "other set of one image": (only(every(picture("a.png"), write("a.txt", "x"))), {"teacher_image": "other"}, ["--teacher_image other"]),
+    "other set of one image and its mirror image": (only(every(picture("a.png"), write("a.txt", "x"))), {"teacher_image": "other", "random_flip": True}, ["--teacher_image other"]),
 }  # fmt: skip
 
 
@@ -451,6 +452,15 @@ def test_config_files(train, error_of, tmp_path, text, words):
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
     error_of(train, words, code=2, config=tmp_path / "run.yaml", rank=None)
+
+
+def test_two_config_files(train, tmp_path, capfd):
+    """The flags of the first would be left out in silence."""
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("rank: 4")
+    with pytest.raises(SystemExit):
+        train.module.parse_args([f"--config={tmp_path / name}.yaml" for name in "ab"])
+    assert capfd.readouterr().err == "error: --config is given twice: put all flags into one file\n"
 
 
 def test_config_without_a_file(train, capfd):

@@ -203,9 +203,9 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
     refused(trainer, output, output, "checkpoint-1", "--resume_from_checkpoint latest", "--overwrite_output_dir")
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    refused(trainer, output, "--overwrite_output_dir")
-    # there is none: it would start anew
-    refused(trainer, output, "--overwrite_output_dir", resume_from_checkpoint="latest")
+    # there is none to go on from: it would start anew
+    for asked in (None, "latest"):
+        refused(trainer, output, "no checkpoint", "--overwrite_output_dir", resume_from_checkpoint=asked)
 
 
 def test_resume_in_somebodys_project_is_refused(trainer, tmp_path, monkeypatch):
@@ -223,8 +223,8 @@ def test_link_to_a_checkpoint_is_that_checkpoint(trainer, output):
 
 
 def test_checkpoint_is_found_by_its_name(trainer, output):
-    """diffusers' scripts take `checkpoint-500`; users of theirs would be told that there is none."""
-    trainer(output, resume_from_checkpoint="checkpoint-3", max_train_steps=4)
+    """diffusers' scripts take `checkpoint-500`, shells add a slash; users would be told that there is none."""
+    trainer(output, resume_from_checkpoint="checkpoint-3/", max_train_steps=4)
     assert (output / "checkpoint-4").is_dir()
 
 
@@ -238,7 +238,14 @@ def test_linked_checkpoint_gives_way_to_the_limit(trainer, output, tmp_path):
 
 def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output, tmp_path):
     """--overwrite_output_dir on a folder with somebody's notes in it must not cost the notes."""
-    for name in ("notes.txt", ".mine.tmp", "validation/mine.png", "contexts/x.safetensors", "mine/checkpoint-1/y"):
+    for name in (
+        "notes.txt",
+        ".mine.tmp",
+        "validation/mine.png",
+        "contexts/x.safetensors",
+        "mine/checkpoint-1/y",
+        "samples/2024-mine.png",
+    ):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("kept")
     trainer(output, "--overwrite_output_dir", max_train_steps=2, learning_rate=2e-2)
@@ -246,7 +253,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(trainer, output
     fresh = trainer(tmp_path / "fresh", max_train_steps=2, learning_rate=2e-2)
     assert_same(output / trainer.result, fresh / trainer.result)
     kept = [p for p in output.rglob("*") if p.is_file() and p.read_bytes() == b"kept"]
-    assert len(kept) == 5
+    assert len(kept) == 6
 
 
 def test_overwriting_stays_in_the_folder(trainer, output, tmp_path):

@@ -181,7 +181,8 @@ def test_alpha_must_be_known_and_no_file_is_overwritten(layers, convert, tmp_pat
     ("words", "told"),
     [
         (["--pretrained_model_name_or_path", "no//typo"], "--pretrained_model_name_or_path no//typo is no folder"),
-        (["--lora", "typo.safetensors"], "--lora typo.safetensors: "),
+        (["--lora", "typo.safetensors"], "--lora typo.safetensors: this is no file"),
+        (["--lora", "{tmp}"], "--lora {tmp}: this is no file"),
         (["--output_dir", "{tmp}/file"], "--output_dir {tmp}/file cannot be written to; choose another folder"),
         (["--output_dir", "{tmp}/file/new"], "--output_dir {tmp}/file/new cannot be written to; choose another"),
     ],

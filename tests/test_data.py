@@ -384,15 +384,21 @@ def test_cache_is_renewed_when_a_model_changes(base, vlm, flags, tmp_path, part)
     assert path() != before
 
 
-@pytest.mark.parametrize("form", ["folder", "parquet"])
+@pytest.mark.parametrize("form", ["folder", "parquet", "paths"])
 def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
-    """With 100,000 images, a start that decodes them all again takes the better part of an hour."""
+    """With 100,000 images, a start that decodes them all again takes the better part of an hour; but one that has
+    changed would be trained with the context of the old one."""
     folder, changes = save_images(tmp_path / "images"), {}
     if form == "parquet":
         dataset = Dataset.from_dict({"image": sorted(map(str, folder.glob("*.png"))), "text": ["a"] * 4})
         (tmp_path / "parquet").mkdir()
         dataset.cast_column("image", ImageFeature()).to_parquet(tmp_path / "parquet" / "train.parquet")
         changes = {"instance_data_dir": None, "dataset_name": tmp_path / "parquet"}
+    if form == "paths":
+        rows = [json.dumps({"image": str(path), "text": "a"}) for path in sorted(folder.glob("*.png"))]
+        (tmp_path / "paths").mkdir()
+        (tmp_path / "paths" / "train.jsonl").write_text("\n".join(rows))
+        changes = {"instance_data_dir": None, "dataset_name": tmp_path / "paths"}
     args = script.parse_args(flags(tmp_path / "out", **{"instance_data_dir": folder, **changes}))
     buckets = [(32, 32), (32, 64)]
     first = script.inspect_images(read_dataset(args), buckets, args)
@@ -400,7 +406,7 @@ def test_second_start_decodes_no_image(flags, tmp_path, monkeypatch, form):
         patch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was decoded again"))
         again = script.inspect_images(read_dataset(args), buckets, args)
         assert again["image_hash"] == first["image_hash"] and again["bucket"] == first["bucket"]
-    if form == "folder":  # a changed file is read again
+    if form != "parquet":  # which holds the images
         draw("ellipse", "black").save(folder / "a.png")
         changed = script.inspect_images(read_dataset(args), buckets, args)
         assert [a == b for a, b in zip(changed["image_hash"], first["image_hash"])] == [False, True, True, True]

@@ -132,6 +132,15 @@ def test_class_pictures_that_would_not_preserve_are_refused(words, capsys):
     assert capsys.readouterr().err.startswith(f"error: {words.split()[0]}: must be a ")
 
 
+@pytest.mark.parametrize("words", ["--num_class_images 5", "--prior_loss_weight 2"])
+def test_flags_of_class_pictures_need_a_class_prompt(words, capsys):
+    """Without one they do nothing, and nothing would show it."""
+    needed = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "data", "--output_dir", "out"]
+    with pytest.raises(SystemExit):
+        train_sft.parse_args([*needed, *words.split()])
+    assert capsys.readouterr().err == f"error: {words.split()[0]} has no effect without --class_prompt\n"
+
+
 def test_split_batch_trains_as_the_whole(sft):
     """With half a batch and two micro-steps, a user with a small card compares another training."""
     changes = {"optimizer": "adafactor", "class_prompt": "a square", "num_class_images": 2, "adam_weight_decay": 0.1}

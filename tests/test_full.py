@@ -115,7 +115,9 @@ def test_average_has_compiled_blocks_of_its_own(make_teacher):
 def test_flags_that_fsdp_would_undo_are_refused(train_full, tmp_path, monkeypatch):
     """FSDP holds trained weights in fp32, which nothing rounds at random; and optimisers that know no shards fail at
     the first update, after hours of encoding."""
-    accelerator = SimpleNamespace(num_processes=2, is_fsdp2=True, distributed_type="FSDP")
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=False)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(num_processes=2, is_fsdp2=True, distributed_type="FSDP", state=state)
     args = script.parse_args(train_full.flags(tmp_path, "--stochastic_rounding", mixed_precision="bf16"))
     with pytest.raises(ValueError, match="--stochastic_rounding does not go with FSDP"):
         script.check_full_inputs(args, accelerator)
@@ -126,6 +128,9 @@ def test_flags_that_fsdp_would_undo_are_refused(train_full, tmp_path, monkeypatc
             ValueError, match=f"--optimizer {name} cannot be sharded by FSDP; use --optimizer adamw8bit"
         ):
             script.check_full_inputs(args, accelerator)
+    plugin.cpu_ram_efficient_loading = True  # accelerate's default
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
+        script.check_full_inputs(script.parse_args(train_full.flags(tmp_path)), accelerator)
 
 
 def test_average_on_the_cpu_trains_as_on_the_accelerator(train_full, tmp_path):
@@ -219,7 +224,10 @@ def test_advice_of_the_estimate_is_accepted(environment, given, monkeypatch):
         monkeypatch.setenv(name, value)
     several, sharded = "WORLD_SIZE" in environment, "ACCELERATE_USE_FSDP" in environment
     accelerator = SimpleNamespace(
-        is_fsdp2=sharded, num_processes=1 + several, distributed_type="FSDP" if sharded else "NO"
+        is_fsdp2=sharded,
+        num_processes=1 + several,
+        distributed_type="FSDP" if sharded else "NO",
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=False)),
     )
     monkeypatch.setattr(script, "check_packages", lambda *_: None)
     advice = memory.full_savings(memory.parse(given))

@@ -265,6 +265,8 @@ def test_flag_that_makes_another_of_the_file_idle(tmp_path, capsys):
     args = script.parse_args([*other, "--max_train_steps=400", "--instance_data_dir", "images"])
     assert (args.max_train_steps, args.num_train_epochs) == (400, None)
     assert (args.instance_data_dir, args.dataset_name) == ("images", None)
+    adam = write_settings(tmp_path, use_8bit_adam=True)
+    assert script.parse_args([*adam, "--optimizer", "adafactor"]).optimizer == "adafactor"
 
 
 def test_emoji_in_a_caption_survives_the_settings(train, tmp_path):
