@@ -220,7 +220,6 @@ CONTROLS = {
     "wrong": Variant("the same, teacher shown wrong pictures", folder=wrong_folder),
     "no_picture": Variant("the same, teacher shown no picture", stand_in=without_picture),
     "other": Variant("the same, teacher shown another picture of the set", flags={"teacher_image": "other"}),
-    "weighted": Variant("D-OPSD with prior prompts, --prior_loss_weight 10", flags={"prior_loss_weight": 10}),
     "copy": Variant("D-OPSD without prior prompts, the teacher a copy of the student", flags={"ema_decay": 0.0}, prior=False),
 }  # fmt: skip
 REFERENCE = {"teacher_context": "edit", "teacher_prompt_suffix": ""}  # the miniature knows no sentences
@@ -228,12 +227,13 @@ KLEIN = {
     "edit": Variant("the same, teacher shown the picture as a reference", flags=REFERENCE),
     "edit_other": Variant("the same, another picture of the set as a reference", flags=REFERENCE | {"teacher_image": "other"}),
 }  # fmt: skip
+WEIGHTED = {"weighted": Variant("D-OPSD with prior prompts, --prior_loss_weight 10", flags={"prior_loss_weight": 10})}
 # for the scripts' own number of steps of their own batch, and with their own decay of the teacher
 LONG = {
     "long": Variant("D-OPSD with prior prompts, 1,000 steps of 1", flags={"ema_decay": 0.9999}),
     "long_weighted": Variant("D-OPSD with prior prompts, 1,000 steps of 1, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
 }  # fmt: skip
-CONTROLS |= KLEIN | LONG
+CONTROLS |= KLEIN | WEIGHTED | LONG
 VARIANTS = METHODS | CONTROLS
 
 
@@ -359,8 +359,8 @@ def main():
         "--methods",
         nargs="+",
         choices=list(VARIANTS),
-        default=[name for name in VARIANTS if name not in KLEIN | LONG],
-        help=f"{' and '.join(KLEIN)}: on klein alone; {', '.join(LONG)}: four times as long",
+        default=[name for name in VARIANTS if name not in KLEIN | WEIGHTED | LONG],
+        help=f"default: all but {', '.join(KLEIN)} (on klein alone), {', '.join(WEIGHTED)}, {', '.join(LONG)}",
     )
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--training_seeds", type=int, default=3)
