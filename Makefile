@@ -43,8 +43,8 @@ demo: $(VENV)/.installed
 		--output_dir $(DEMO)/sft > $(DEMO)/sft.log 2>&1 & sft=$$!; trap "kill $$sft" INT TERM; \
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train_dopsd_lora.py $(COMMON) --vlm_model_name_or_path $(MINIATURE)/vlm --learning_rate $(RATE) \
-		--prior_prompts $(MINIATURE)/prior_prompts.txt --ema_decay 0.999 --num_inference_steps 4 --max_train_steps $(STEPS) \
-		--validation_steps $(STEPS) --output_dir $(DEMO)/dopsd || { kill $$sft; exit 1; }; \
+		--prior_prompts $(MINIATURE)/prior_prompts.txt --prior_loss_weight 1 --ema_decay 0.999 --num_inference_steps 4 \
+		--max_train_steps $(STEPS) --validation_steps $(STEPS) --output_dir $(DEMO)/dopsd || { kill $$sft; exit 1; }; \
 	echo "Training SFT, for comparison; its log is $(DEMO)/sft.log"; wait $$sft
 	$(BIN)/python $(MINIATURE)/demo.py --concept $(CONCEPT) --dopsd $(DEMO)/dopsd --sft $(DEMO)/sft \
 		--picture $(DEMO)/demo.png

@@ -150,7 +150,7 @@ def add_shared_arguments(parser):
     add("--ema_decay", type=SHARE, default=0.9999, help="Decay of the teacher. 1: the base. 0: the student.")
     add("--prior_prompts", help="File of ordinary prompts to keep, one a line; or none. Default: built-in ones.")
     add("--prior_every", type=number(int, low=2), default=3, help="Every Nth batch is of --prior_prompts.")
-    add("--prior_loss_weight", type=POSITIVE, default=1.0, help="Weight of the loss that keeps what the base draws.")
+    add("--prior_loss_weight", type=POSITIVE, default=10.0, help="Weight of the loss that keeps what the base draws.")
     add("--loss_weighting", choices=["velocity", "x0"], default="velocity", help="x0: the loss times sigma^2.")
     add = parser.add_argument_group("training").add_argument
     add("--train_batch_size", type=COUNT, default=1, help="Images per process and micro-step.")

@@ -52,6 +52,7 @@ def parse_args(input_args=None):
     every = dopsd.ArgumentParser(parents=[own])
     for add in (dopsd.add_shared_arguments, dopsd.add_lora_arguments, full.add_full_arguments):
         add(every)
+    every.set_defaults(prior_loss_weight=1.0)  # DreamBooth's
     honoured = COMMON | (FULL if own.parse_known_args(input_args)[0].full else LORA)
     parser = dopsd.ArgumentParser(
         description=__doc__.split("\n")[0], parents=[own], formatter_class=dopsd.HelpFormatter, allow_abbrev=False

@@ -167,6 +167,7 @@ DEFAULTS = [
     ("README.md", "every third batch is drawn from 48 built-in prompts", "prior_every", 3),
     ("docs/training.md", "M (1), the states", "states_per_rollout", 1),
     ("docs/training.md", "every `--prior_every`th (3rd) batch", "prior_every", 3),
+    ("docs/training.md", "weight of the loss on these batches (10)", "prior_loss_weight", 10),
     ("docs/training.md", "0.9999 keeps the teacher near the base", "ema_decay", 0.9999),
     ("docs/memory.md", "default M = 1, an image takes 4.5 passes in the mean at K = 4", "rollout_steps", 4),
     ("docs/full_fine_tuning.md", "every n = `--ema_refresh_steps` (10) steps", "ema_refresh_steps", 10),

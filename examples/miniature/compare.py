@@ -227,11 +227,12 @@ KLEIN = {
     "edit": Variant("the same, teacher shown the picture as a reference", flags=REFERENCE),
     "edit_other": Variant("the same, another picture of the set as a reference", flags=REFERENCE | {"teacher_image": "other"}),
 }  # fmt: skip
-WEIGHTED = {"weighted": Variant("D-OPSD with prior prompts, --prior_loss_weight 10", flags={"prior_loss_weight": 10})}
+WEIGHT = {"prior_loss_weight": 10}  # the scripts' own, as the decay of LONG
+WEIGHTED = {"weighted": Variant("D-OPSD with prior prompts, --prior_loss_weight 10", flags=WEIGHT)}
 # for the scripts' own number of steps of their own batch, and with their own decay of the teacher
 LONG = {
     "long": Variant("D-OPSD with prior prompts, 1,000 steps of 1", flags={"ema_decay": 0.9999}),
-    "long_weighted": Variant("D-OPSD with prior prompts, 1,000 steps of 1, --prior_loss_weight 10", flags={"ema_decay": 0.9999, "prior_loss_weight": 10}),
+    "long_weighted": Variant("D-OPSD with prior prompts, 1,000 steps of 1, --prior_loss_weight 10", flags={"ema_decay": 0.9999} | WEIGHT),
 }  # fmt: skip
 CONTROLS |= KLEIN | WEIGHTED | LONG
 VARIANTS = METHODS | CONTROLS

@@ -141,7 +141,8 @@ def train(domain, name, rate, seed, args, folder):
         script = [ROOT / "train_dopsd_full.py", "--overwrite_output_dir"]
         flags |= {"vlm_model_name_or_path": HERE / "vlm", "report_to": "none", "checkpointing_steps": 100_000}
         flags |= {"context_cache_dir": args.work_dir / "contexts", "validation_steps": 0, "ema_decay": 0.999}
-        flags |= {"prior_prompts": prompts if method.prior else "none", **method.flags}
+        flags |= {"prior_prompts": prompts, "prior_loss_weight": 1} if method.prior else {"prior_prompts": "none"}
+        flags |= method.flags
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     threads = os.environ | {"OMP_NUM_THREADS": "1"} if args.processes > 1 else None
     subprocess.run([sys.executable, *map(str, script), *words], check=True, env=threads)

@@ -96,7 +96,10 @@ def train(model, variant, concept, setting, steps, seed, validate, work_dir):
         flags += ["--context_cache_dir", work_dir / "contexts"]
         own = {"states_per_rollout": variant.states, "rank": RANK, "ema_decay": EMA_DECAY}
         own |= {"prior_prompts": HERE / "prior_prompts.txt" if variant.prior else "none"}
-        flags += [word for flag, value in (own | variant.flags).items() for word in (f"--{flag}", value)]
+        own |= variant.flags
+        if own["prior_prompts"] != "none":  # less than the scripts' default: most runs are short
+            own = {"prior_loss_weight": 1} | own
+        flags += [word for flag, value in own.items() for word in (f"--{flag}", value)]
         replaced = variant.replaced | (variant.stand_in(data, measuring(model)[1]) if variant.stand_in else {})
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
