@@ -68,7 +68,7 @@ def bench(**changes):
         {"gradient_checkpointing": True, "checkpointed_blocks": 0.5},
         # a CPU takes more than a minute for each of these
         pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
-        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(
             {"mixed_precision": "bf16", "gradient_checkpointing": True, "offloaded_blocks": 1.0},
             marks=pytest.mark.slow,
@@ -128,10 +128,12 @@ def test_estimate_is_what_torch_allocates_of_every_family(pipeline, student, fla
         "--mixed_precision no",
         "--mixed_precision no --states_per_rollout 2",
         "--mixed_precision no --gradient_checkpointing",
-        "--mixed_precision bf16 --states_per_rollout 2",
+        pytest.param("--mixed_precision bf16 --states_per_rollout 2", marks=pytest.mark.slow),
         "--mixed_precision bf16 --gradient_checkpointing",
-        "--mixed_precision bf16 --gradient_checkpointing --checkpointed_blocks 0.5",
-        "--mixed_precision bf16 --gradient_checkpointing --stochastic_rounding",
+        pytest.param(
+            "--mixed_precision bf16 --gradient_checkpointing --checkpointed_blocks 0.5", marks=pytest.mark.slow
+        ),
+        pytest.param("--mixed_precision bf16 --gradient_checkpointing --stochastic_rounding", marks=pytest.mark.slow),
         "--mixed_precision bf16 --gradient_checkpointing --stochastic_rounding --fused_backward_pass --max_grad_norm 0",
     ],
 )
