@@ -641,7 +641,7 @@ def inspect_images(dataset, buckets, args, mirrored=False):
     features = {"bucket": ListFeature(number), "image_hash": text, "reference_sizes": ListFeature(ListFeature(number))}
     features |= {"reference_hashes": ListFeature(text), "broken": text, "row": number}  # row: its number for the user
 
-    def inspect(row, index, stamp):  # which makes the cache one of these files
+    def inspect(row, index, stamp):  # with another stamp, datasets calls it anew
         broken = ""
         with blamed_on(f"Row {index}"):
             try:
@@ -1024,7 +1024,7 @@ def draw_states(args, places):
     Of K consecutive images each state is drawn M times. As in `draw_batch`, seed and place in the run alone decide."""
     drawn = []
     for cycle, place in (divmod(place, args.rollout_steps) for place in places):
-        # 2**40 is no micro-step, so that no other draw of small batches has these numbers
+        # 2**40 is no micro-step: below 256 images in a batch, no other draw has these numbers
         order = np.random.default_rng([args.seed, 2**40, cycle]).permutation(args.rollout_steps)
         drawn.append(sorted(np.roll(order, -place * args.states_per_rollout)[: args.states_per_rollout].tolist()))
     return drawn
@@ -1271,8 +1271,8 @@ def check_output_dir(args):
         raise ValueError(f"{told}; choose another folder.")
     if (own or results) and not args.overwrite_output_dir:
         told = f"--output_dir {folder} holds a run ({[*own, *results][0]})"
-        way = "Go on with it (--resume_from_checkpoint latest)" if own else "It has no checkpoint to go on from"
-        raise ValueError(f"{told}. {way}; choose another folder, or remove what it wrote (--overwrite_output_dir).")
+        way = "Go on with it (--resume_from_checkpoint latest), choose" if own else "It has no checkpoint left: choose"
+        raise ValueError(f"{told}. {way} another folder, or remove what it wrote (--overwrite_output_dir).")
 
 
 def results_in(folder):
@@ -1782,8 +1782,8 @@ def push(args, step, save_card, files):
 
 
 def publish_result(args, samples, step, describe, files):
-    """Writes the card of OUTPUT_DIR, pushes its `files` (patterns) if that is asked for, and at the end says
-    where it is and how to draw with it."""
+    """Writes the card of OUTPUT_DIR, pushes its `files` (patterns) if that is asked for, and at the end says where it
+    is and how to draw with it."""
     save = functools.partial(save_card, args, samples, step, describe)
     save(repository_name(args))
     if args.push_to_hub:
@@ -2084,7 +2084,7 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
-        # gradients are held once, not in buckets, too
+        # DDP's buckets are the gradients, not a copy of them
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting, DDPKwargs(gradient_as_bucket_view=True)],
     )
     args.mixed_precision = accelerator.mixed_precision

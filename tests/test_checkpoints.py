@@ -205,7 +205,7 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
         shutil.rmtree(checkpoint)
     # there is none to go on from: it would start anew
     for asked in (None, "latest"):
-        refused(trainer, output, "no checkpoint", "--overwrite_output_dir", resume_from_checkpoint=asked)
+        refused(trainer, output, "no checkpoint left", "--overwrite_output_dir", resume_from_checkpoint=asked)
 
 
 def test_resume_in_somebodys_project_is_refused(trainer, tmp_path, monkeypatch):

@@ -303,12 +303,16 @@ def test_config_file_is_read_as_it_is_written(tmp_path, monkeypatch):
     """YAML makes 20241105, 1.1, 83 and yes of these: another folder, another seed, another caption."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text(
-        "output_dir: 2024_11_05\nhub_model_id: 1.10\nseed: 0123\ninstance_prompt: on\nvalidation_prompt: [a, yes]\n"
+        "output_dir: 2024_11_05\nhub_model_id: 1.10\nseed: 0123\ninstance_prompt: on\nvalidation_prompt: [a, yes, -a cat in a hat]\n"
         "random_flip: True\nrevision: null\na_flag_of_old: null\nteacher_prompt_suffix: ''\ninstance_data_dir: ~/images\npush_to_hub: true\n"
     )
     args = script.parse_args(["--config", str(tmp_path / "run.yaml"), "--pretrained_model_name_or_path", "-"])
     assert (args.output_dir, args.hub_model_id, args.seed) == ("2024_11_05", "1.10", 123)
-    assert (args.instance_prompt, args.validation_prompt, args.random_flip) == ("on", ["a", "yes"], True)
+    assert (args.instance_prompt, args.validation_prompt, args.random_flip) == (
+        "on",
+        ["a", "yes", "-a cat in a hat"],
+        True,
+    )
     assert (args.revision, args.teacher_prompt_suffix) == (None, "")
     assert args.instance_data_dir == str(tmp_path / "images")
 
