@@ -183,6 +183,23 @@ def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch):
         train_full(tmp_path / "two", max_train_steps=5, train_batch_size=2, resume_from_checkpoint="latest", **changes)
 
 
+def test_fsdp_in_bf16_makes_the_update_of_one_process(train_full, base, tmp_path, monkeypatch):
+    """The config that the README names computes in bf16: gradients added up in place of averaged, or weights rounded in
+    each update, would train another model."""
+    changes = {"adam_epsilon": 1.0, "max_train_steps": 1, "learning_rate": 1e-2, "max_grad_norm": 0}
+    with monkeypatch.context() as patch:  # with FSDP, the images of all processes end at the same state
+        patch.setattr(script, "places_in_run", lambda step, *_: [step] * 2)
+        one = train_full(tmp_path / "one", train_batch_size=2, mixed_precision="bf16", **changes)
+    flags = train_full.flags(tmp_path / "two", mixed_precision="bf16", **changes)
+    command = [str(ROOT / "tests" / "fsdp_on_cpu.py"), script.__file__, *flags]
+    run_processes(command, tmp_path, **accelerate_environment("fsdp2.yaml"))
+    base = {n: w.bfloat16().float() for n, w in load_file(base / "transformer" / WEIGHTS).items()}
+    ours, theirs = weights_of(one / "checkpoint-1"), joined_shards(tmp_path / "two" / "checkpoint-1")
+    # so large an epsilon makes Adam's update the gradient: the worst weight's differs by 4 per cent, of rounding
+    off = {n: (theirs[n] - weight).norm() / (weight - base[n]).norm() for n, weight in ours.items()}
+    assert max(off.values()) < 0.1, off
+
+
 def test_8bit_adam_is_sharded_by_fsdp(train_full, tokenizer, tmp_path):
     """bitsandbytes' crashes at the first update, after hours of encoding; torchao's trains and resumes exactly."""
     save_z_image(tmp_path / "base", tokenizer, dim=128)  # shards of 4096 weights or more get states of 8 bits
