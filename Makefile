@@ -2,7 +2,7 @@
 # make report: after make demo, look at its teacher and its result with examples/evaluate.py
 # make test: lint, and the test suite
 # make test-slow: the tests that take minutes
-# make test-lowest: six of the test files with the lowest versions that requirements.txt allows, torch excepted
+# make test-lowest: six of the test files with the lowest versions of requirements.txt. TORCH=2.9.0: torch's, too
 # make lint: rules and format of ruff alone
 # make style: format the code, and mend what ruff can
 # make fix-copies: copy what both scripts share from train_dopsd_lora.py into train_dopsd_full.py
@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 DEMO := outputs/demo
 CONCEPT ?= ember
 # 2 pictures a step and, in the mean, 4.5 transformer passes a picture; SFT has 2 passes, so it gets 9 / 4 times the steps
@@ -67,15 +68,14 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m slow
 
-# torch is that of constraints.txt: of its older releases, none was tried
-$(LOWEST)/.installed: requirements.txt constraints.txt
+$(LOWEST)/.installed-$(TORCH): requirements.txt constraints.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	(grep '^torch==' constraints.txt; sed '/^torch>/d; s/>=/==/' requirements.txt) > $(LOWEST)/constraints.txt
+	(echo torch==$(TORCH); sed '/^torch>/d; s/>=/==/' requirements.txt) > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt --requirement requirements.txt
 	touch $@
 
-test-lowest: $(LOWEST)/.installed
+test-lowest: $(LOWEST)/.installed-$(TORCH)
 	$(LOWEST)/bin/python -m pytest -q $(addprefix tests/test_,method.py contexts.py data.py output.py project.py bad_input.py)
 
 lint: $(VENV)/.installed
