@@ -131,8 +131,9 @@ def convert(file, shapes, alpha=None):
         if not a.numel() or a.shape != (len(a), shapes[name][1]) or b.shape != (shapes[name][0], len(a)):
             raise ValueError(f"{name} is {tuple(b.shape)} x {tuple(a.shape)}, the base's layer is {shapes[name]}.")
         scaled = b.float() * scale_of(parts, kohya, config, alpha)
-        # where half precision would round
-        dtype = b.dtype if torch.equal(scaled.to(b.dtype).float(), scaled) else torch.float32
+        # fp32 where half precision would round
+        exact = all(torch.equal(t.to(b.dtype).float(), t.float()) for t in (a, scaled))
+        dtype = b.dtype if exact else torch.float32
         result |= {
             f"{name}.lora_A.weight": a.to(dtype).contiguous(),
             f"{name}.lora_B.weight": scaled.to(dtype).contiguous(),

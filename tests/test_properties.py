@@ -184,14 +184,17 @@ PREFIXES = ["", "transformer.", "base_model.model.", "diffusion_model.", "base_m
 @settings(quiet, max_examples=60)
 @given(
     st.sets(st.sampled_from(sorted(LAYERS)), min_size=1), st.sampled_from([*PREFIXES, "kohya"]), st.sampled_from(["", ".default", ".teacher"]),
-    st.integers(1, 4), st.integers(1, 64), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 4), st.integers(1, 64), *[st.sampled_from([torch.float32, torch.bfloat16])] * 2,
 )  # fmt: skip
-def test_converted_loras_keep_layers_and_strength(tmp_path, names, prefix, adapter, rank, alpha, dtype):
+def test_converted_loras_keep_layers_and_strength(tmp_path, names, prefix, adapter, rank, alpha, dtype, dtype_b):
     """Each layer is there under the base's name, with scale * B A as it was; converted again, nothing changes."""
     generator = torch.Generator().manual_seed(rank + alpha)
     file, tensors, expected = tmp_path / "old.safetensors", {}, {}
     for name in sorted(names):
-        a, b = torch.randn(rank, 7, generator=generator).to(dtype), torch.randn(5, rank, generator=generator).to(dtype)
+        a, b = (
+            torch.randn(rank, 7, generator=generator).to(dtype),
+            torch.randn(5, rank, generator=generator).to(dtype_b),
+        )
         expected[name] = alpha / rank * b.float() @ a.float()
         if prefix == "kohya":
             flat = f"lora_unet_{name.replace('.', '_')}"
