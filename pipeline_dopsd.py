@@ -451,6 +451,12 @@ class DOPSDMixin:
         self.multimodal_encoder = self.make_encoder(vlm_name_or_path, max_pixels, config, tokenizer)
         self.multimodal_encoder.transplant(self.text_encoder)
 
+    @classmethod
+    def steps_of(cls, model_name_or_path: str, revision: str | None = None) -> int:
+        """Number of inference steps that a base's model_index.json names, or the family's."""
+        config = cls.load_config(model_name_or_path, revision=revision)
+        return config.get("num_inference_steps") or cls.default_num_inference_steps
+
     @staticmethod
     def chat_ending(tokenizer) -> str:
         """What the family's chats have after the generation prompt."""

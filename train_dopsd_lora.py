@@ -143,7 +143,7 @@ def add_shared_arguments(parser):
     add = parser.add_argument_group("D-OPSD").add_argument
     add("--rollout_steps", type=COUNT, default=4, help="K: states of a rollout, on the inference grid of K steps.")
     add("--states_per_rollout", type=COUNT, default=1, help="M: states of a rollout that are trained, at random.")
-    add("--num_inference_steps", type=COUNT, help="Steps of inference and validation. Default: the family's.")
+    add("--num_inference_steps", type=COUNT, help="Steps of inference and validation. Default: the base's.")
     add("--teacher_context", choices=["vlm", "edit"], help="vlm (default): image in the prompt. edit: as a reference.")
     add("--teacher_prompt_suffix", help="Put after the teacher's prompt. Default: the family's for --teacher_context.")
     add("--teacher_image", choices=["target", "other"], default="target", help="other: teacher sees the next image.")
@@ -374,8 +374,9 @@ SETTINGS_NAME = "dopsd_settings.json"
 STATE_NAME = "dopsd_state.json"
 OPTIMIZER_NAME = "optimizer.bin"
 TRANSFORMER_FILES = ["transformer/*.json", "transformer/*.safetensors"]
+SCHEDULER_FILES = ["scheduler/*.json"]
 REPOSITORY_FILES = ["README.md", "pipeline.py", "pipeline_dopsd.py", "model_index.json", SETTINGS_NAME]
-# flags whose defaults are the family's
+# flags whose defaults are the base's or its family's
 FOLLOWING = ["num_inference_steps", "teacher_context", "teacher_max_pixels", "teacher_prompt_suffix"]
 # flags that a resumed run may change: where things are (their content is compared), how long, what is shown, and
 # savings of memory that change no result
@@ -728,16 +729,19 @@ def training_image(row):
     return ImageOps.mirror(image) if row["image_hash"].endswith(MIRRORED) else image
 
 
-@functools.lru_cache(maxsize=3)
-def epoch_order(layouts, batch_size, seed, epoch):
-    """Row indices of the batches of one epoch (batches, batch_size), each of one layout; short ones are filled up."""
-    rng, groups, batches = np.random.default_rng([seed, epoch]), {}, []
+@functools.lru_cache(maxsize=2)
+def batch_order(layouts, batch_size, seed, number):
+    """Row indices (rows, batch_size) of as many batches as there are rows, each batch of one layout. Every row stands
+    in them `batch_size` times, however rare its layout; of a layout, each is drawn once before any is drawn again."""
+    rng = np.random.default_rng([seed, 2**42, number])  # 2**42: as in `draw_states`
+    groups, batches, places = {}, [], []
     for row, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(row)
     for _, rows in sorted(groups.items()):
-        batches.append(np.resize(rng.permutation(rows), (math.ceil(len(rows) / batch_size), batch_size)))
-    batches = np.concatenate(batches)
-    return batches[rng.permutation(len(batches))]
+        epochs = [rng.permutation(rows) for _ in range(batch_size)]
+        batches.append(np.concatenate(epochs).reshape(-1, batch_size))
+        places.append((np.arange(len(rows)) + rng.random(len(rows))) / len(rows))  # all along the others'
+    return np.concatenate(batches)[np.argsort(np.concatenate(places))]
 
 
 def prior_steps(micro_steps, args):
@@ -760,8 +764,8 @@ def draw_batch(layouts, args, micro_step, process, num_processes):
     decide: a resumed run, or two processes with half the batch each, draw the same. A batch of prior prompts has the
     picture sizes of the rows that come next."""
     total = args.train_batch_size * num_processes
-    epoch, place = divmod(micro_step - prior_steps(micro_step, args), len(epoch_order(layouts, total, args.seed, 0)))
-    rows = epoch_order(layouts, total, args.seed, epoch)[place]
+    number, place = divmod(micro_step - prior_steps(micro_step, args), len(layouts))
+    rows = batch_order(layouts, total, args.seed, number)[place]
     slots = range(process * args.train_batch_size, (process + 1) * args.train_batch_size)
     return [(int(rows[slot]), np.random.default_rng([args.seed, micro_step, slot])) for slot in slots]
 
@@ -1385,6 +1389,7 @@ def identity_of(args, dataset, cache):
         "weights of the transformer": fingerprint(
             args.pretrained_model_name_or_path, TRANSFORMER_FILES, args.revision
         ),
+        "settings of the scheduler": fingerprint(args.pretrained_model_name_or_path, SCHEDULER_FILES, args.revision),
         "images per micro-step (--train_batch_size times processes)": images_per_micro_step(args),
         "shards of the weights": shards,
     }
@@ -1399,7 +1404,7 @@ def check_resume(state, identity, args):
         if ours.get(name) != theirs.get(name):
             raise ValueError(f"--{name} is {ours.get(name)}, but {checkpoint} was trained with {theirs.get(name)}.")
     for name, value in identity.items():
-        if value != state["identity"].get(name):
+        if value != state["identity"].get(name, value):  # another version may not have noted it
             told = f"{checkpoint}: the {name} differ from those it was trained with"
             raise ValueError(f"{told}. Go on with the same, or start in another --output_dir.")
     if state["step"] > args.max_train_steps:
@@ -1757,12 +1762,13 @@ def check_packages(args, sharded=False):
 
 
 def resolve_arguments(family, args):
-    """Fills in what the family has defaults for.
+    """Fills in what the base or its family has defaults for.
 
     Raises:
         ValueError: the family has no such teacher, or takes no reference images.
     """
-    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    base = args.pretrained_model_name_or_path, args.revision
+    args.num_inference_steps = args.num_inference_steps or family.steps_of(*base)
     args.teacher_context = args.teacher_context or family.teacher_contexts[0]
     if args.teacher_context == "vlm":
         args.teacher_max_pixels = args.teacher_max_pixels or family.default_teacher_max_pixels
@@ -1876,6 +1882,21 @@ def check_base(args):
     return family, generate_aspect_ratio_buckets(args.resolution, divisibility=multiple)
 
 
+@contextlib.contextmanager
+def main_process_first(accelerator):
+    """Within: the main process first, which fills caches. A mistake that it finds ends the others, too, without a
+    word: they would wait for it."""
+    failed = accelerator.is_main_process
+    if not failed and any(gather_object([False])):
+        sys.exit(1)
+    try:
+        yield
+        failed = False
+    finally:
+        if accelerator.is_main_process:
+            gather_object([failed])
+
+
 def check_inputs(args):
     """Everything that can be known to be wrong before weights load.
 
@@ -1898,8 +1919,7 @@ def check_inputs(args):
     find_vlm(family, args)
     dataset = inspect_images(read_dataset(args), buckets, args, args.random_flip)
     if args.num_train_epochs:
-        batches = epoch_order(layouts_of(dataset, args), images_per_micro_step(args), args.seed, 0)
-        micro_steps = args.num_train_epochs * len(batches)
+        micro_steps = math.ceil(args.num_train_epochs * len(dataset) / images_per_micro_step(args))
         if args.prior_prompts != "none":  # beside them, so that each image is drawn as often as asked
             micro_steps += (micro_steps - 1) // (args.prior_every - 1)
         args.max_train_steps = math.ceil(micro_steps / args.gradient_accumulation_steps)
@@ -2315,7 +2335,7 @@ def main(args):
             flag = "give --pretrained_model_name_or_path its id on the Hub"
             raise ValueError(f"--push_to_hub: others do not have the base's folder; {flag}.")
         check_packages(args)
-        with accelerator.main_process_first():
+        with main_process_first(accelerator):
             lock = open_output_dir(args) if accelerator.is_main_process else None
             family, dataset, pairs, cache, identity, state = check_inputs(args)
             targets = find_lora_targets(build_without_weights(family, args), args)

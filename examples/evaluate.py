@@ -300,9 +300,10 @@ def check_inputs(args):
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
     family, buckets = dopsd.check_base(args)
+    base = args.pretrained_model_name_or_path
     if args.command != "teacher":
         check_lora(family, args)
-    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    args.num_inference_steps = args.num_inference_steps or family.steps_of(base, args.revision)
     return family, dopsd.inspect_images(dopsd.read_dataset(args), buckets, args)
 
 
@@ -1028,8 +1029,9 @@ def report_verdict(figures):
 
 
 def base_weights(args):
-    """Checksum of the base's transformer."""
-    return dopsd.fingerprint(args.pretrained_model_name_or_path, dopsd.TRANSFORMER_FILES, args.revision)
+    """Checksum of what draws in the base."""
+    files = [*dopsd.TRANSFORMER_FILES, *dopsd.SCHEDULER_FILES, "vae/*.json", "vae/*.safetensors"]
+    return dopsd.fingerprint(args.pretrained_model_name_or_path, files, args.revision)
 
 
 def result_weights(args):

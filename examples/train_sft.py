@@ -136,7 +136,8 @@ def check_inputs(args, accelerator):
         raise ValueError(f"--output_dir {folder} holds {there[0].name}; choose another folder.")
     family, buckets = dopsd.check_base(args)
     dataset = dopsd.inspect_images(dopsd.read_dataset(args), buckets[:1], args)
-    args.num_inference_steps = args.num_inference_steps or family.default_num_inference_steps
+    base = args.pretrained_model_name_or_path, args.revision
+    args.num_inference_steps = args.num_inference_steps or family.steps_of(*base)
     planned = dopsd.build_without_weights(family, args)
     return lock, family, dataset, None if args.full else dopsd.find_lora_targets(planned, args)
 

@@ -5,6 +5,7 @@ import inspect
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -234,11 +235,19 @@ def subprocess_env():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
+def heed_signals():
+    """For a process that a test starts: nohup, and shells for what they start in the background, have signals
+    ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def run_script(path, words, errors, environment):
     """What a `ForkedScript` does: as `python path words`, in a process group of its own, with its errors in a file."""
     os.setsid()
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.environ.update(environment)
+    heed_signals()
     sys.argv[:] = [path, *words]
     runpy.run_path(path, run_name="__main__")
 
@@ -278,8 +287,9 @@ class ForkedScript:
         return None, Path(self.errors).read_text()
 
 
-def run_processes(command, folder, count=2, **environment):
-    """Runs a script with its flags in several processes, as torchrun would on as many GPUs."""
+def run_processes(command, folder, count=2, code=0, **environment):
+    """Runs a script with its flags in several processes, as torchrun would on as many GPUs, until all have ended with
+    `code`. Returns what each wrote to stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         environment |= {
@@ -293,9 +303,10 @@ def run_processes(command, folder, count=2, **environment):
         ForkedScript(path, words, str(folder / f"errors-of-{n}"), **environment, **own) for n, own in enumerate(ranks)
     ]
     try:
-        for process in processes:
-            errors = process.communicate(timeout=300)[1]
-            assert process.returncode == 0, errors[-3000:]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        for process, written in zip(processes, errors):
+            assert process.returncode == code, written[-3000:]
+        return errors
     finally:
         for process in processes:
             process.kill()

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dopsd_lora as script
-from conftest import LORA, ROOT, WEIGHTS, ForkedScript, save_images
+from conftest import LORA, ROOT, WEIGHTS, ForkedScript, heed_signals, save_images
 
 
 STATE = "dopsd_state.json"
@@ -115,6 +115,15 @@ def test_resume_on_another_base_is_refused(trainer, output, base, tmp_path):
     weights["layers.0.attention.to_q.weight"] += 0.1
     save_file(weights, path)
     refused(trainer, output, "weights of the transformer", resume_from_checkpoint="latest", max_train_steps=4,
+            pretrained_model_name_or_path=other)  # fmt: skip
+
+
+def test_resume_on_another_schedule_is_refused(trainer, output, base, tmp_path):
+    """The student's few steps would be others from there on."""
+    other = shutil.copytree(base, tmp_path / "base")
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": 9.0}))
+    refused(trainer, output, "settings of the scheduler", resume_from_checkpoint="latest", max_train_steps=4,
             pretrained_model_name_or_path=other)  # fmt: skip
 
 
@@ -541,9 +550,8 @@ def start(subprocess_env):
     started = []
 
     def run(*command, **options):
-        process = subprocess.Popen(
-            command, env=subprocess_env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-        )
+        options |= {"start_new_session": True, "preexec_fn": heed_signals}
+        process = subprocess.Popen(command, env=subprocess_env, stderr=subprocess.PIPE, text=True, **options)
         started.append(process)
         return process
 

@@ -728,7 +728,8 @@ def test_epochs_are_counted_in_optimisation_steps(flags, tmp_path):
 
     assert steps(num_train_epochs=2) == 8
     assert steps(num_train_epochs=2, gradient_accumulation_steps=3) == 3
-    assert steps(num_train_epochs=3, train_batch_size=3) == 6  # a short batch is filled up
+    assert steps(num_train_epochs=3, train_batch_size=3) == 4
+    assert steps(num_train_epochs=1, train_batch_size=3) == 2  # an epoch that ends within a batch
     assert steps("--random_flip", num_train_epochs=1) == 8
 
 

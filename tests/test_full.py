@@ -532,11 +532,19 @@ def test_fused_run_stops_at_broken_weights(train_full, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_other_number_of_steps_is_remembered(train_full, tmp_path):
-    """A model distilled to another number of steps must not be run with the family's."""
-    folder = train_full(tmp_path, num_inference_steps=3, max_train_steps=1)
-    assert DOPSDZImagePipeline.from_pretrained(folder).config.num_inference_steps == 3
-    assert json.loads((folder / "model_index.json").read_text())["num_inference_steps"] == 3
+def test_other_number_of_steps_is_remembered(train, train_full, tmp_path):
+    """A model distilled to another number of steps must not be run with the family's, nor a LoRA that is trained on
+    it; nor with the base's, where another is asked for."""
+    changes = {"max_train_steps": 1}
+    folders = {3: train_full(tmp_path / "three", num_inference_steps=3, **changes)}
+    changes["pretrained_model_name_or_path"] = folders[3]
+    lora = train(tmp_path / "lora", **changes)
+    assert json.loads((lora / "model_index.json").read_text())["num_inference_steps"] == 3
+    folders[8] = train_full(tmp_path / "eight", num_inference_steps=8, **changes)
+    for steps, folder in folders.items():
+        assert DOPSDZImagePipeline.from_pretrained(folder).config.num_inference_steps == steps
+        assert json.loads((folder / "model_index.json").read_text())["num_inference_steps"] == steps
+        assert f"num_inference_steps={steps}," in (folder / "README.md").read_text()
 
 
 def test_weights_are_saved_in_the_dtype_of_the_base(train_full, tmp_path):

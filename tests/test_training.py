@@ -409,6 +409,14 @@ def test_two_processes_share_a_quantised_base(train, tmp_path):
     assert all((w != 0).any() for name, w in load_file(tmp_path / LORA).items() if "lora_B" in name)
 
 
+def test_one_process_says_what_is_wrong(train_any, tmp_path):
+    """A traceback of each other process, which waited for it, would bury its line."""
+    command = [train_any.module.__file__, *train_any.flags(tmp_path / "out", resolution=36)]
+    first, second = run_processes(command, tmp_path, code=1)
+    assert first.splitlines()[-1].startswith("error: --resolution 36") and "Traceback" not in first
+    assert not second
+
+
 def test_checkpoint_is_complete_before_it_has_its_name(train_any, tmp_path, monkeypatch):
     """A run killed while it saves must leave a folder that --resume_from_checkpoint latest does not take."""
     train_any(tmp_path, max_train_steps=2)

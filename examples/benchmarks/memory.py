@@ -308,6 +308,7 @@ def pipeline_of(family, transformer):
 def planned(model, args):
     """Pipeline and batch of one of MODELS for `args`, on the meta device."""
     _, family, config, _ = MODELS[model]
+    args.num_inference_steps = family.default_num_inference_steps  # there is no base that names another
     lora.resolve_arguments(family, args)
     with torch.device("meta"):
         transformer = family.transformer_class(**config).to(lora.weight_dtype_of(args)).requires_grad_(False)
