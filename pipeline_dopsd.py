@@ -387,16 +387,18 @@ class DOPSDMixin:
     multimodal_encoder: MultimodalEncoder | None = None
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As the stock pipeline's, after a look at the base that a repository's model_index.json names.
+        """As the stock pipeline's, after a look at a repository's model_index.json: at the base that it names, and at
+        the number of steps, which becomes that of a call.
 
         Raises:
             ValueError: the LoRA was trained on another base of the Hub.
         """
         source, base = pretrained_model_name_or_path_or_dict, self.config.get("_name_or_path")
-        trained_on, options = None, {n: kwargs[n] for n in ("token", "revision", "local_files_only") if n in kwargs}
+        index, options = {}, {n: kwargs[n] for n in ("token", "revision", "local_files_only") if n in kwargs}
         if isinstance(source, (str, os.PathLike)) and not self.config.get("base_model"):
             with contextlib.suppress(OSError):  # a file, or a repository without model_index.json
-                trained_on = DiffusionPipeline.load_config(source, **options).get("base_model")
+                index = DiffusionPipeline.load_config(source, **options)
+        trained_on = index.get("base_model")
         # a folder may be a copy of the base under another name
         if trained_on and base and trained_on != base and not os.path.isdir(trained_on) and not os.path.isdir(base):
             raise ValueError(
@@ -404,6 +406,10 @@ class DOPSDMixin:
                 "pipeline, without custom_pipeline."
             )
         super().load_lora_weights(source, **kwargs)
+        if trained_on:
+            self.register_to_config(
+                num_inference_steps=index.get("num_inference_steps", self.config.num_inference_steps)
+            )
 
     @classmethod
     def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
@@ -427,7 +433,11 @@ class DOPSDMixin:
             remedy = "save_lora_weights() saves the LoRA alone."
             raise ValueError(f"Call fuse_lora() and unload_lora_weights() before save_pretrained(); {remedy}")
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
-        own = {n: v for n, v in self.config.items() if n not in self.components and not n.startswith(("_", "base_"))}
+        own = {
+            n: v
+            for n, v in self.config.items()
+            if n not in self.components and not n.startswith(("_", "base_", "lora_"))
+        }
         # not from_pipe, which would cast the weights to fp32
         taken = {name: value for name, value in own.items() if name in inspect.signature(stock).parameters}
         pipeline = stock(**self.components, **taken)

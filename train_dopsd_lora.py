@@ -470,6 +470,8 @@ def read_texts(folder, files, texts, args):
     stems = {image.stem for image in images}
     for path in texts:
         if path.stem not in stems:
+            if other := next((p for p in files if p.stem == path.stem and p != path), None):
+                raise ValueError(f"{other} is of a kind that is not read; convert it to PNG or JPEG.")
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
             raise ValueError(f"{path}: {text_of[path.stem].name} is of the same image; remove one of them.")
@@ -1214,6 +1216,10 @@ def check_output_dir(args):
     """Raises ValueError, with the ways out, for an OUTPUT_DIR where something would be lost or mixed up."""
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = list_checkpoints(folder)
+    if asked not in (None, "latest") and not (Path(asked) / STATE_NAME).is_file():
+        there = ", ".join(path.name for path in checkpoints) or "none"
+        told = f"{asked} is no checkpoint: it holds no {STATE_NAME}"
+        raise ValueError(f"--resume_from_checkpoint {told}. Checkpoints in {folder}: {there}.")
     if asked == "latest" and checkpoints:
         return
     if asked not in (None, "latest") and (start := Path(asked).resolve()).parent == folder.resolve():
@@ -1366,12 +1372,14 @@ def find_checkpoint(args):
             state = read_state(path)
         except ValueError as error:
             damage = f"--resume_from_checkpoint {error}"
+            if asked != "latest":
+                raise ValueError(damage) from error
             logger.warning(damage)
             continue
         if state["script"] != Path(__file__).name:
             raise ValueError(f"--resume_from_checkpoint {path} is of {state['script']}; go on with that script.")
         return state
-    raise ValueError(f"{damage}; no checkpoint is whole." if asked == "latest" else damage)
+    raise ValueError(f"{damage}; no checkpoint is whole.")
 
 
 def identity_of(args, dataset, cache):
@@ -1600,7 +1608,7 @@ def save_card(args, samples, step, describe, name):
     given = "text and reference images" if args.reference_column else "text alone"
     way = {"vlm": "in its prompt", "edit": "as a reference"}[args.teacher_context]
     teacher = "the base" if args.ema_decay == 1 else f"an average of the student with decay {args.ema_decay}"
-    prior = f"One batch in {args.prior_every} was of ordinary prompts, without an image."
+    prior = f"One batch in {args.prior_every} was of ordinary prompts, without a training image."
     prior = "" if args.prior_prompts == "none" else prior
     shortened = {name: value for name, value in public_settings(args).items() if str(value).startswith(".../")}
     again = [word for name, value in shortened.items() for word in (f"--{name}", Path(value).name)]
@@ -1713,6 +1721,8 @@ def describe_lora(args, name):
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
     """Raises ValueError for a `name` that is neither here nor on the Hub, which libraries would ask six times."""
     if os.path.exists(name):
+        if repo_type == "model" and not (Path(name) / file).is_file():
+            raise ValueError(f"--{flag} {name} holds no {file}: give a model's folder, or its id on the Hub.")
         return
     try:
         validate_repo_id(name)
@@ -1796,16 +1806,26 @@ def find_vlm(family, args):
 
 
 def check_references(family, args, dataset):
-    """Raises ValueError that names an image which the transformer cannot be shown as a reference."""
+    """Raises ValueError that names an image which the transformer cannot be shown as a reference, or where
+    --reference_column holds none."""
     if not sees_references(args):
         return
-    for row, bucket, sizes in zip(dataset["row"][:], dataset["bucket"][:], dataset["reference_sizes"][:]):
+    rows, references = dataset["row"][:], dataset["reference_sizes"][:]
+    for number, (row, bucket, sizes) in enumerate(zip(rows, dataset["bucket"][:], references)):
         with blamed_on(f"Row {row}: its image as a reference, at --resolution {args.resolution}"):
             if args.teacher_context == "edit":
                 family.check_reference(*bucket[::-1])
-        for width, height in sizes:
-            with blamed_on(f"Row {row}: a reference in --reference_column {args.reference_column}"):
+        for place, (width, height) in enumerate(sizes):
+            try:
                 family.check_reference(width, height)
+            except ValueError as error:
+                name = as_list(dataset[number]["references"])[place]["path"] or f"{place + 1}"
+                raise ValueError(f"Row {row}: its reference {name} cannot be shown: {error}. Replace it.") from error
+    if args.reference_column and (alone := [row for row, sizes in zip(rows, references) if not sizes]):
+        told = f"--reference_column {args.reference_column}: {len(alone)} of {len(rows)} rows have no reference"
+        if len(alone) == len(rows):
+            raise ValueError(f"{told}; leave it out, or add them.")
+        logger.warning(f"{told}, the first in row {alone[0]}: there, the student sees the caption alone.")
 
 
 def check_contexts(family, args, dataset, pairs):
@@ -1836,7 +1856,8 @@ def check_contexts(family, args, dataset, pairs):
             place = "--teacher_prompt_suffix" if token in suffix else place_of(dataset, index, caption, args)
             raise ValueError(f"{place} holds {token}, a mark of the chat; write it in another way.")
         prompt = text if edit else caption
-        limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), "")]
+        other = ", or give other --prior_prompts" * is_prior(index)
+        limits = [(longest_prompt, no_prompt, functools.partial(family.prompt_length, tokenizer, prompt), other)]
         if not edit and not is_prior(index):
             bucket = shown_row(buckets, index, args)
             length_of = functools.partial(encoder.context_length, text, *bucket, ending)
@@ -1914,6 +1935,8 @@ def check_inputs(args):
             validate_repo_id(repository_name(args))
         if hub.get_token() is None:
             raise ValueError("--push_to_hub: log in first (hf auth login), or set HF_TOKEN.")
+    if args.instance_data_dir and Path(args.context_cache_dir).resolve() == Path(args.instance_data_dir).resolve():
+        raise ValueError(f"--context_cache_dir {args.context_cache_dir} is that of the images; choose another folder.")
     family, buckets = check_base(args)
     resolve_arguments(family, args)
     find_vlm(family, args)
@@ -1971,6 +1994,9 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting, DDPKwargs(gradient_as_bucket_view=True)],
     )
     args.mixed_precision = accelerator.mixed_precision
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
+        remedy = "install torch's build for your GPUs, or launch with --cpu"
+        raise InputError(f"{launched} processes were launched, but torch sees no GPU: {remedy}.")
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
         raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")

@@ -265,6 +265,12 @@ def use_settings(parser, words):
     for name, value in known.items():
         if str(value).startswith(".../") and name not in typed:  # see `public_settings` of the training script
             parser.error(f"{file}: the path {value} was shortened; give --{name}")
+        # two parts may be an id of the Hub
+        local = name == "instance_data_dir" or name.endswith("_model_name_or_path") and str(value).count("/") != 1
+        if local and name not in typed and not os.path.exists(value):
+            parser.error(
+                f"{file} names {value}, which is not here: call this where the training ran, or give --{name}"
+            )
     parser.set_defaults(**known)
     for action in parser._actions:
         action.required = action.required and action.dest not in known
@@ -395,10 +401,18 @@ class Drawing:
         )
 
 
+def is_whole(file):
+    """Whether a picture is there as it was written."""
+    with contextlib.suppress(Exception), Image.open(file) as picture:
+        picture.verify()
+        return True
+    return False
+
+
 def draw(drawings, load, args, accelerator):
-    """Draws what is not there yet, each picture written aside and then renamed; `load` gives the pipeline, if it is
+    """Draws what is not there yet, or damaged, each picture written aside and then renamed; `load` gives the pipeline, if it is
     needed."""
-    missing = {d.file(args): d for d in drawings if not d.file(args).exists()}
+    missing = {d.file(args): d for d in drawings if not is_whole(d.file(args))}
     if not missing:
         return
     first = next(iter(missing))
@@ -1107,7 +1121,7 @@ def markdown_table(record):
 
 ADVICE = {
     "Concept learned": "Was the teacher good (evaluate.py teacher)? Then train longer, or with a higher --learning_rate.",
-    "Other prompts kept": "Train with --prior_prompts FILE: the built-in ones (PRIOR_PROMPTS of pipeline_dopsd.py) and prompts of the kind of your images without the concept's word; "
+    "Other prompts kept": "Train with a higher --prior_loss_weight, or with --prior_prompts FILE: the built-in ones (PRIOR_PROMPTS of pipeline_dopsd.py) and prompts of the kind of your images without the concept's word; "
     "after a short training with more steps, too: half-learned styles drift most.",
     "Few-step ability kept": "Take an earlier checkpoint or a lower --learning_rate.",
 }
@@ -1388,4 +1402,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    dopsd.run(main, parse_args())
+    try:
+        dopsd.run(main, parse_args())
+    except KeyboardInterrupt:
+        print("\nStopped. Pictures drawn so far are kept: the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)

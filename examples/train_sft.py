@@ -209,4 +209,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    dopsd.run(main, parse_args())
+    try:
+        dopsd.run(main, parse_args())
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing was saved: there are no checkpoints.", file=sys.stderr)
+        sys.exit(130)

@@ -54,6 +54,18 @@ def test_a_copy_as_teacher_keeps_no_prior_prompts(refused):
     refused("--ema_decay 0", "--prior_prompts none", ema_decay=0.0, prior_prompts=None)
 
 
+def test_contexts_among_the_images(refused, images):
+    """Each of them would be warned of as a file that is not used."""
+    refused("--context_cache_dir", "images", context_cache_dir=images)
+
+
+def test_folder_of_another_kind(refused, base, vlm, tmp_path):
+    """What users of other programs have: a file of weights; or base and VLM exchanged."""
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for flag, name in [("pretrained", tmp_path / "model.safetensors"), ("pretrained", vlm), ("vlm", base)]:
+        refused(f"--{flag}_model_name_or_path {name} holds no", "Hub", **{f"{flag}_model_name_or_path": name})
+
+
 def test_prior_prompts(refused, tmp_path):
     """A mistyped or empty file of prior prompts would train without them; with one batch in one, no image would be
     seen."""

@@ -116,6 +116,7 @@ FOLDERS = {
     "caption in utf-16": (write("b.txt", "a disc".encode("utf-16")), {}, ["b.txt", "UTF-8"]),
     "caption that is a folder": (lambda folder: ((folder / "b.txt").unlink(), (folder / "b.txt").mkdir()), {}, ["b.txt"]),
     "caption without image": (write("e.txt", "x"), {}, ["e.txt", "without image"]),
+    "caption of an image that is not read": (every(write("e.HEIC", "x"), write("e.txt", "x")), {}, ["e.HEIC", "convert it"]),
     "CAPTION without image": (write("e.TXT", "x"), {}, ["e.TXT", "without image"]),
     "two caption files": (write("b.TXT", "x"), {}, ["b.TXT", "b.txt"]),
     "empty image": (write("c.png", ""), {}, ["c.png", "cannot be read"]),

@@ -217,6 +217,16 @@ def test_fresh_start_over_a_run_is_refused(trainer, output):
         refused(trainer, output, "no checkpoint left", "--overwrite_output_dir", resume_from_checkpoint=asked)
 
 
+@pytest.mark.parametrize("name", ["checkpoint_3", "Latest", "checkpoint-9", "checkpoint-3/student", "."])
+def test_misspelt_checkpoint_is_named(trainer, output, name):
+    """Asked to go on, a user would read that the folder holds a run, and of the flag that removes it."""
+    asked = name if name in ("Latest", "checkpoint-9") else output / name
+    message = refused(
+        trainer, output, "is no checkpoint", "checkpoint-1, ", "checkpoint-3", resume_from_checkpoint=asked
+    )
+    assert "overwrite" not in message
+
+
 def test_resume_in_somebodys_project_is_refused(trainer, tmp_path, monkeypatch):
     """Started in it by mistake, a training would replace its README.md; `latest` is no checkpoint there."""
     (tmp_path / "samples").mkdir()

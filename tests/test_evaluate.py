@@ -7,9 +7,11 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,14 +221,15 @@ def test_nothing_is_drawn_twice(reported, evaluate, monkeypatch):
     assert not count and again["figures"] == reported.record["figures"]
     left = sorted((reported.folder / "evaluation").iterdir())
     left[0].unlink()
+    left[1].write_bytes(left[1].read_bytes()[:100])  # a damaged one is no picture, and no fault of the encoder
     evaluate("report", reported.folder)
-    assert sum(count) == 1
+    assert sum(count) == 2
     kept = (reported.folder / LORA).read_bytes()
     save_file({name: tensor + 1 for name, tensor in load_file(reported.folder / LORA).items()}, reported.folder / LORA)
     other = evaluate("report", reported.folder)
     (reported.folder / LORA).write_bytes(kept)
     assert (
-        sum(count) == 1 + 4 * 4 + 4 * 2 + 3 * 4
+        sum(count) == 2 + 4 * 4 + 4 * 2 + 3 * 4
         and other["figures"]["drift"][0] > reported.record["figures"]["drift"][0]
     )
 
@@ -339,6 +342,29 @@ def test_path_that_the_settings_shortened_is_asked_for(reported, given, capsys):
     assert f"was shortened; give {missing}\n" in capsys.readouterr().err
     args = instruments.parse_args(["report", "--output_dir", str(reported.folder), *sorted(paths)])
     assert (args.pretrained_model_name_or_path, args.instance_data_dir, args.resolution) == ("x", "x", 32)
+
+
+def test_relative_path_of_the_settings_is_asked_for(reported, tmp_path, monkeypatch, capsys):
+    """From another folder a user would read of a flag that was never typed."""
+    settings = json.loads((reported.folder / "dopsd_settings.json").read_text())
+    settings |= {"instance_data_dir": "my_images", "pretrained_model_name_or_path": "you/model"}
+    (tmp_path / "dopsd_settings.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        instruments.parse_args(["report", "--output_dir", str(tmp_path)])
+    assert (
+        "names my_images, which is not here" in (error := capsys.readouterr().err) and "--instance_data_dir" in error
+    )
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    """A page of traceback does not say that the pictures are kept."""
+    monkeypatch.setattr(script, "run", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+    words = ["--output_dir", ".", "--pretrained_model_name_or_path", "x", "--instance_data_dir", "y"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "report", *words, "--image_encoder", "z"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples" / "evaluate.py"), run_name="__main__")
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("Stopped. Pictures drawn so far are kept")
 
 
 def test_folder_without_settings_is_named(tmp_path, capsys):

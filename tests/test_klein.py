@@ -334,12 +334,12 @@ def test_cache_is_renewed_when_the_teacher_changes(train, tmp_path):
         (
             (50, 80),
             {"reference_column": "reference"},
-            "Row 0: a reference in --reference_column reference: Image too small",
+            "Row 0: its reference .*reference_0.png cannot be shown: Image too small",
         ),
         (
             (640, 64),
             {"reference_column": "reference"},
-            "Row 0: a reference in --reference_column reference: Aspect ratio",
+            "Row 0: its reference .*reference_0.png cannot be shown: Aspect ratio",
         ),
         (
             (64, 64),
@@ -355,6 +355,23 @@ def test_reference_that_the_model_does_not_take(train, with_references, tmp_path
         draw("ellipse", "blue", size).save(file)
     with pytest.raises(ValueError, match=words):
         train(tmp_path / "out", **{"instance_data_dir": folder, **changes})
+
+
+def test_rows_without_reference_are_told(train, with_references, tmp_path, caplog):
+    """A mistyped key makes of a row an image with a caption alone, which the student cannot edit towards."""
+    folder = shutil.copytree(with_references, tmp_path / "images")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    changes = {"instance_data_dir": folder, "reference_column": "reference", "max_train_steps": 1}
+    for emptied in (rows[1:2], rows):
+        for row in emptied:
+            row.update(dict.fromkeys((name for name in row if name.startswith("reference")), []))
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        if emptied is rows:
+            with pytest.raises(ValueError, match=f"reference: {len(rows)} of {len(rows)} rows have no reference"):
+                train(tmp_path / "all", **changes)
+        else:
+            train(tmp_path / "one", **changes)
+            assert f"1 of {len(rows)} rows have no reference, the first in row 1" in caplog.text
 
 
 @pytest.mark.parametrize("changes", [{"teacher_context": "edit"}, {"teacher_image": "other"}])

@@ -409,6 +409,13 @@ def test_two_processes_share_a_quantised_base(train, tmp_path):
     assert all((w != 0).any() for name, w in load_file(tmp_path / LORA).items() if "lora_B" in name)
 
 
+def test_processes_without_a_gpu_are_told_so(train, tmp_path):
+    """Each would take itself for the only one, and OUTPUT_DIR for that of another run."""
+    command = [train.module.__file__, *train.flags(tmp_path / "out")]
+    for errors in run_processes(command, tmp_path, code=1, ACCELERATE_USE_CPU="false"):
+        assert errors.splitlines()[-1].startswith("error: 2 processes were launched, but torch sees no GPU")
+
+
 def test_one_process_says_what_is_wrong(train_any, tmp_path):
     """A traceback of each other process, which waited for it, would bury its line."""
     command = [train_any.module.__file__, *train_any.flags(tmp_path / "out", resolution=36)]
