@@ -6,4 +6,4 @@ images=$1 output=$2
 shift 2
 exec python "$(dirname "$0")/../../train_dopsd_lora.py" --pretrained_model_name_or_path krea/Krea-2-Turbo \
   --instance_data_dir "$images" --output_dir "$output" --resolution 1024 --rank 8 --mixed_precision bf16 \
-  --gradient_checkpointing --optimizer adamw8bit --quantization nf4 --enable_vae_tiling "$@"
+  --gradient_checkpointing --optimizer adamw8bit --quantization nf4 --validation_steps 0 "$@"
