@@ -337,6 +337,7 @@ from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcess
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
 from accelerate.utils import ProjectConfiguration, gather_object, release_memory, send_to_device, set_seed
+from accelerate.utils.environment import parse_flag_from_env
 from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
@@ -470,7 +471,7 @@ def read_texts(folder, files, texts, args):
     stems = {image.stem for image in images}
     for path in texts:
         if path.stem not in stems:
-            if other := next((p for p in files if p.stem == path.stem and p != path), None):
+            if other := next((p for p in files if p.stem == path.stem and p not in texts), None):
                 raise ValueError(f"{other} is of a kind that is not read; convert it to PNG or JPEG.")
             raise ValueError(f"{path}: caption file without image; name it as the image it belongs to, or remove it.")
         if text_of[path.stem] != path:
@@ -1721,7 +1722,7 @@ def describe_lora(args, name):
 def check_source(flag, name, revision=None, repo_type="model", file="model_index.json"):
     """Raises ValueError for a `name` that is neither here nor on the Hub, which libraries would ask six times."""
     if os.path.exists(name):
-        if repo_type == "model" and not (Path(name) / file).is_file():
+        if file == "model_index.json" and repo_type == "model" and not (Path(name) / file).is_file():
             raise ValueError(f"--{flag} {name} holds no {file}: give a model's folder, or its id on the Hub.")
         return
     try:
@@ -1983,6 +1984,10 @@ def make_accelerator(args):
         raise InputError(f"DeepSpeed is not supported: {remedy}")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":  # it renames the weights
         raise InputError("accelerate's dynamo_backend is not supported: set it to no, and give --compile_blocks.")
+    device = parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not device and not torch.accelerator.is_available():
+        remedy = "install its build for your GPUs, or launch with --cpu"  # each would take itself for the only one
+        raise InputError(f"Several processes were launched, but torch sees no GPU: {remedy}.")
     # each weight is used once in a forward: a cache of its copies in half precision would cost memory for nothing;
     # and processes wait for one that reads a large dataset or pushes
     waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
@@ -1994,9 +1999,7 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting, DDPKwargs(gradient_as_bucket_view=True)],
     )
     args.mixed_precision = accelerator.mixed_precision
-    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
-        remedy = "install torch's build for your GPUs, or launch with --cpu"
-        raise InputError(f"{launched} processes were launched, but torch sees no GPU: {remedy}.")
+
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
         raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")

@@ -152,8 +152,9 @@ def add_own_arguments(parser, command):
     add("--drawing_batch_size", type=dopsd.COUNT, default=1, help="Pictures drawn at once.")
     add("--encoding_batch_size", type=dopsd.COUNT, default=16, help="Pictures encoded at once.")
     if command != "paper":
-        seeds = dopsd.number(int, low=4 if command == "report" else 2)
-        add("--noise_seeds", type=seeds, default=4, help="Noises of each prompt, the same for all models.")
+        low = 4 if command == "report" else 2
+        about = f"Noises of each prompt, the same for all models; at least {low}."
+        add("--noise_seeds", type=dopsd.number(int, low=low), default=4, help=about)
         add(
             "--concept_prompts",
             help="Text file of new prompts with the concept, one a line. Default: --instance_prompt in new surroundings.",

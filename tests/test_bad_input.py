@@ -59,11 +59,11 @@ def test_contexts_among_the_images(refused, images):
     refused("--context_cache_dir", "images", context_cache_dir=images)
 
 
-def test_folder_of_another_kind(refused, base, vlm, tmp_path):
-    """What users of other programs have: a file of weights; or base and VLM exchanged."""
+def test_folder_of_another_kind(refused, vlm, tmp_path):
+    """What users of other programs have, a file of weights; or the VLM for the base."""
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    for flag, name in [("pretrained", tmp_path / "model.safetensors"), ("pretrained", vlm), ("vlm", base)]:
-        refused(f"--{flag}_model_name_or_path {name} holds no", "Hub", **{f"{flag}_model_name_or_path": name})
+    for name in (tmp_path / "model.safetensors", vlm):
+        refused(f"--pretrained_model_name_or_path {name} holds no", "Hub", pretrained_model_name_or_path=name)
 
 
 def test_prior_prompts(refused, tmp_path):

@@ -148,7 +148,8 @@ def accelerate_environment(name):
     config = yaml.safe_load((ROOT / "examples" / "accelerate" / name).read_text())
     settings = {n.upper(): str(v).lower() for n, v in config["fsdp_config"].items()}
     settings |= {n: settings[n].upper() for n in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
-    return {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "false", **settings}
+    device = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    return {"ACCELERATE_USE_FSDP": "true", **device, **settings}
 
 
 def test_fsdp_equals_one_process(train_full, tmp_path, monkeypatch):

@@ -413,7 +413,7 @@ def test_processes_without_a_gpu_are_told_so(train, tmp_path):
     """Each would take itself for the only one, and OUTPUT_DIR for that of another run."""
     command = [train.module.__file__, *train.flags(tmp_path / "out")]
     for errors in run_processes(command, tmp_path, code=1, ACCELERATE_USE_CPU="false"):
-        assert errors.splitlines()[-1].startswith("error: 2 processes were launched, but torch sees no GPU")
+        assert errors.splitlines()[-1].startswith("error: Several processes were launched, but torch sees no GPU")
 
 
 def test_one_process_says_what_is_wrong(train_any, tmp_path):
