@@ -71,12 +71,12 @@ def test_lora_has_an_effect(trained, expected, base):
 
 
 def test_way_a_the_base_through_the_repositorys_code(trained, expected, base):
-    """The pictures of the training, few-step and without guidance by default."""
+    """The pictures of the training, in its few steps and without guidance by default."""
     pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=str(trained), trust_remote_code=True)
     pipe.load_lora_weights(trained)
     assert type(pipe).__name__ == "DOPSDZImagePipeline"
-    assert np.abs(sample(pipe, num_inference_steps=STEPS) - expected).max() <= 1
-    assert forwards(pipe) == [1] * 8
+    assert np.abs(sample(pipe) - expected).max() <= 1
+    assert forwards(pipe) == [1] * STEPS
 
 
 def test_way_b_the_repository_alone(trained, expected):
