@@ -411,8 +411,8 @@ def is_whole(file):
 
 
 def draw(drawings, load, args, accelerator):
-    """Draws what is not there yet, or damaged, each picture written aside and then renamed; `load` gives the pipeline, if it is
-    needed."""
+    """Draws what is not there yet or damaged, each picture written aside and then renamed; `load` gives the pipeline,
+    if it is needed."""
     missing = {d.file(args): d for d in drawings if not is_whole(d.file(args))}
     if not missing:
         return
