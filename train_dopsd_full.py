@@ -61,6 +61,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -334,6 +335,7 @@ for name, beginning in {
     "diffusers.models.modeling_utils": "There are modules in",
 }.items():
     logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of torch's norms, under autocast
 
 import diffusers
 import huggingface_hub as hub
