@@ -592,10 +592,13 @@ def wait_for(condition, seconds=120):
 
 
 LAUNCHER = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
-SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP"]
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(
+    ("train_any", "name"),
+    [("lora", "SIGTERM"), ("lora", "SIGINT"), ("lora", "SIGHUP"), ("full", "SIGTERM")],
+    indirect=["train_any"],
+)
 def test_signal_ends_a_run_with_a_checkpoint(train_any, start_script, tmp_path, name):
     """A shut-down, Ctrl-C or a closed terminal costs the step at hand at most."""
     number = getattr(signal, name)
@@ -611,7 +614,7 @@ def test_signal_ends_a_run_with_a_checkpoint(train_any, start_script, tmp_path, 
     goes_on_from_a_signal(train_any, tmp_path, errors, name == "SIGTERM")
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_ends_a_launched_run_with_a_checkpoint(train, start, tmp_path, name):
     """The same through `accelerate launch`, and no orphan goes on."""
     flags = train.flags(tmp_path / "out", max_train_steps=100_000, checkpointing_steps=3, checkpoints_total_limit=2)

@@ -129,7 +129,7 @@ def test_estimate_is_what_torch_allocates_of_every_family(pipeline, student, fla
         "--mixed_precision no --states_per_rollout 2",
         "--mixed_precision no --gradient_checkpointing",
         pytest.param("--mixed_precision bf16 --states_per_rollout 2", marks=pytest.mark.slow),
-        "--mixed_precision bf16 --gradient_checkpointing",
+        pytest.param("--mixed_precision bf16 --gradient_checkpointing", marks=pytest.mark.slow),
         pytest.param(
             "--mixed_precision bf16 --gradient_checkpointing --checkpointed_blocks 0.5", marks=pytest.mark.slow
         ),
