@@ -11,8 +11,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOWEST := .venv-lowest
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+LOWEST := .venv-lowest-$(TORCH)
 DEMO := outputs/demo
 CONCEPT ?= ember
 # 2 pictures a step and, in the mean, 4.5 transformer passes a picture; SFT has 2 passes, so it gets 9 / 4 times the steps
@@ -68,14 +68,14 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m slow
 
-$(LOWEST)/.installed-$(TORCH): requirements.txt constraints.txt
+$(LOWEST)/.installed: requirements.txt constraints.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	(echo torch==$(TORCH); sed '/^torch>/d; s/>=/==/' requirements.txt) > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt --requirement requirements.txt
 	touch $@
 
-test-lowest: $(LOWEST)/.installed-$(TORCH)
+test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -q $(addprefix tests/test_,method.py contexts.py data.py output.py project.py bad_input.py)
 
 lint: $(VENV)/.installed

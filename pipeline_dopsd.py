@@ -406,10 +406,8 @@ class DOPSDMixin:
                 "pipeline, without custom_pipeline."
             )
         super().load_lora_weights(source, **kwargs)
-        if trained_on:
-            self.register_to_config(
-                num_inference_steps=index.get("num_inference_steps", self.config.num_inference_steps)
-            )
+        if trained_on and "num_inference_steps" in index:
+            self.register_to_config(num_inference_steps=index["num_inference_steps"])
 
     @classmethod
     def load_lora_into_transformer(cls, state_dict, transformer, **kwargs):
@@ -433,11 +431,8 @@ class DOPSDMixin:
             remedy = "save_lora_weights() saves the LoRA alone."
             raise ValueError(f"Call fuse_lora() and unload_lora_weights() before save_pretrained(); {remedy}")
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
-        own = {
-            n: v
-            for n, v in self.config.items()
-            if n not in self.components and not n.startswith(("_", "base_", "lora_"))
-        }
+        passing = "_", "base_", "lora_"  # of where the weights came from
+        own = {n: v for n, v in self.config.items() if n not in self.components and not n.startswith(passing)}
         # not from_pipe, which would cast the weights to fp32
         taken = {name: value for name, value in own.items() if name in inspect.signature(stock).parameters}
         pipeline = stock(**self.components, **taken)

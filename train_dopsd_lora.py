@@ -743,6 +743,7 @@ def batch_order(layouts, batch_size, seed, number):
     for row, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(row)
     for _, rows in sorted(groups.items()):
+        rows = np.array(rows)  # once: of a list, each permutation would make one
         epochs = [rng.permutation(rows) for _ in range(batch_size)]
         batches.append(np.concatenate(epochs).reshape(-1, batch_size))
         places.append((np.arange(len(rows)) + rng.random(len(rows))) / len(rows))  # all along the others'
@@ -2001,7 +2002,6 @@ def make_accelerator(args):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), waiting, DDPKwargs(gradient_as_bucket_view=True)],
     )
     args.mixed_precision = accelerator.mixed_precision
-
     if args.mixed_precision not in ("no", "bf16") and accelerator.scaler is None:
         raise InputError(f"--mixed_precision {args.mixed_precision} fails here: give --mixed_precision bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")

@@ -307,10 +307,10 @@ def check_inputs(args):
     for flag in ("image_encoder", "image_text_encoder"):
         check_encoder(flag, getattr(args, flag))
     family, buckets = dopsd.check_base(args)
-    base = args.pretrained_model_name_or_path
     if args.command != "teacher":
         check_lora(family, args)
-    args.num_inference_steps = args.num_inference_steps or family.steps_of(base, args.revision)
+    base = args.pretrained_model_name_or_path, args.revision
+    args.num_inference_steps = args.num_inference_steps or family.steps_of(*base)
     return family, dopsd.inspect_images(dopsd.read_dataset(args), buckets, args)
 
 

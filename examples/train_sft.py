@@ -212,5 +212,5 @@ if __name__ == "__main__":
     try:
         dopsd.run(main, parse_args())
     except KeyboardInterrupt:
-        print("\nStopped. Nothing was saved: there are no checkpoints.", file=sys.stderr)
+        print("\nStopped. There is no checkpoint to go on from.", file=sys.stderr)
         sys.exit(130)

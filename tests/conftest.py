@@ -302,10 +302,11 @@ def run_processes(command, folder, count=2, code=0, **environment):
     processes = [
         ForkedScript(path, words, str(folder / f"errors-of-{n}"), **environment, **own) for n, own in enumerate(ranks)
     ]
+    errors = []
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-        for process, written in zip(processes, errors):
-            assert process.returncode == code, written[-3000:]
+        for process in processes:
+            errors.append(process.communicate(timeout=300)[1])
+            assert process.returncode == code, errors[-1][-3000:]
         return errors
     finally:
         for process in processes:

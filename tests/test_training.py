@@ -412,7 +412,8 @@ def test_two_processes_share_a_quantised_base(train, tmp_path):
 def test_processes_without_a_gpu_are_told_so(train, tmp_path):
     """Each would take itself for the only one, and OUTPUT_DIR for that of another run."""
     command = [train.module.__file__, *train.flags(tmp_path / "out")]
-    for errors in run_processes(command, tmp_path, code=1, ACCELERATE_USE_CPU="false"):
+    environment = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    for errors in run_processes(command, tmp_path, code=1, **environment):
         assert errors.splitlines()[-1].startswith("error: Several processes were launched, but torch sees no GPU")
 
 
